@@ -1,0 +1,220 @@
+"""The one configuration object: frozen dataclasses, read from YAML, overridden by flags.
+
+Every process gets the whole object and reads its part. Messages name the field by its full path
+(`decode.port: …`), so that a typo is found where it was made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+DTYPES = ("bfloat16", "float16", "float32")
+PROVIDERS = ("vllm", "reference")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+class ConfigError(ValueError):
+    """A wrong configuration; the message names the field."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    _require(value in choices, f"{name}: must be one of {', '.join(choices)}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What is served. `model` and `draft` take a directory, a Hugging Face id, or `default`; `draft` also `none`."""
+
+    model: str = "default"
+    draft: str = "default"
+    dtype: str = "bfloat16"
+    provider: str = "vllm"
+    device: str = "auto"
+    #: `none`, `chain:K`, `static:FILE`, an inline list of choices, or `default` for the shipped tree.
+    tree: str = "default"
+
+    def __post_init__(self) -> None:
+        _require(bool(self.model), "model.model: must not be empty")
+        _require(bool(self.draft), "model.draft: must not be empty")
+        _choice("model.dtype", self.dtype, DTYPES)
+        _choice("model.provider", self.provider, PROVIDERS)
+        _choice("model.device", self.device, DEVICES)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes of the engine, the same for prefill and decode workers."""
+
+    #: Tokens in a KV block.
+    block_size: int = 16
+    #: Memory for the paged KV cache (target and draft) in MiB.
+    kv_cache_mib: int = 1024
+    #: The longest sequence in tokens; 0 takes the model's limit.
+    max_model_len: int = 0
+    #: Requests that decode together.
+    max_batch: int = 8
+    #: Tokens that one prefill step computes.
+    prefill_chunk_tokens: int = 512
+    #: Compute threads; 0 takes as many as the process may use cores.
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "kv_cache_mib", "max_batch", "prefill_chunk_tokens"):
+            _require(getattr(self, name) >= 1, f"engine.{name}: must be at least 1, got {getattr(self, name)}")
+        for name in ("max_model_len", "threads"):
+            _require(getattr(self, name) >= 0, f"engine.{name}: must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """One role of worker: how many, what each may use, where it listens."""
+
+    replicas: int = 1
+    host: str = "127.0.0.1"
+    #: 0 takes a free port.
+    port: int = 0
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+    #: Seconds that an unused lease keeps its blocks (decode), or that a hand-off may stall (prefill).
+    lease_ttl_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        _require(self.replicas >= 1, f"replicas: must be at least 1, got {self.replicas}")
+        _require(0 <= self.port <= 65535, f"port: must be between 0 and 65535, got {self.port}")
+        _require(self.num_cpus >= 0, f"num_cpus: must not be negative, got {self.num_cpus}")
+        _require(self.num_gpus >= 0, f"num_gpus: must not be negative, got {self.num_gpus}")
+        _require(self.lease_ttl_s > 0, f"lease_ttl_s: must be positive, got {self.lease_ttl_s}")
+
+
+@dataclass(frozen=True)
+class GatewayConfig:
+    """The front door. The worker addresses are filled in by the launcher, or by hand without Ray."""
+
+    replicas: int = 1
+    host: str = "127.0.0.1"
+    grpc_port: int = 0
+    num_cpus: float = 1.0
+    prefill_workers: tuple[str, ...] = ()
+    decode_workers: tuple[str, ...] = ()
+    #: Deadline of a request that brings none.
+    request_timeout_s: float = 600.0
+    #: Seconds without a token after which a worker counts as hung and the request moves on.
+    stall_timeout_s: float = 30.0
+    #: Times that a request is started in all, the first included.
+    max_attempts: int = 4
+    #: Requests in the house at once; more are refused.
+    max_requests: int = 256
+    #: Largest max_tokens, and the default where the context leaves more.
+    max_tokens_limit: int = 4096
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.grpc_port <= 65535, f"gateway.grpc_port: must be between 0 and 65535, got {self.grpc_port}")
+        for name in ("replicas", "max_attempts", "max_requests", "max_tokens_limit"):
+            _require(getattr(self, name) >= 1, f"gateway.{name}: must be at least 1, got {getattr(self, name)}")
+        for name in ("request_timeout_s", "stall_timeout_s"):
+            _require(getattr(self, name) > 0, f"gateway.{name}: must be positive, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class RayConfig:
+    """`address` empty starts a local Ray; `auto` or HOST:PORT joins one."""
+
+    address: str = ""
+    start_timeout_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        _require(self.start_timeout_s > 0, f"ray.start_timeout_s: must be positive, got {self.start_timeout_s}")
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    prefill: WorkerConfig = field(default_factory=WorkerConfig)
+    decode: WorkerConfig = field(default_factory=WorkerConfig)
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+
+    def override(self, **flags: Any) -> Config:
+        """A copy with flags laid over: `override(**{"model.dtype": "float32", "decode.replicas": 2})`; None is skipped."""
+        tree: dict[str, Any] = to_mapping(self)
+        for path, value in flags.items():
+            if value is None:
+                continue
+            section, name = path.split(".")
+            tree[section][name] = value
+        return from_mapping(tree)
+
+
+def load(path: str | Path) -> Config:
+    """Reads a YAML file. Raises ConfigError for a missing file, bad YAML, an unknown or wrong field."""
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        tree = yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    return from_mapping(tree or {})
+
+
+def from_mapping(tree: Mapping[str, Any]) -> Config:
+    """Builds a Config from nested mappings, checking names, types and values."""
+    built: Config = _build(Config, tree, "")
+    return built
+
+
+def to_mapping(config: Config) -> dict[str, Any]:
+    """The inverse of `from_mapping`: plain dicts and lists, fit for YAML."""
+    return {
+        section.name: {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(getattr(config, section.name)).items()
+        }
+        for section in dataclasses.fields(config)
+    }
+
+
+def _build(cls: type, tree: Any, path: str) -> Any:
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"{path or 'configuration'}: must be a mapping, got {type(tree).__name__}")
+    hints = typing.get_type_hints(cls)
+    known = [f.name for f in dataclasses.fields(cls)]
+    values = {}
+    for key, value in tree.items():
+        where = f"{path}.{key}" if path else str(key)
+        if key not in known:
+            raise ConfigError(f"{where}: unknown field; known are {', '.join(known)}")
+        values[key] = _convert(hints[key], value, where)
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        message = str(error)
+        raise ConfigError(message if not path or message.startswith(path) else f"{path}.{message}") from None
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, where)
+    if isinstance(hint, types.GenericAlias):
+        if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+            raise ConfigError(f"{where}: must be a list of strings")
+        return tuple(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ConfigError(f"{where}: must be of type {hint.__name__}, got {value!r}")
+    return value
