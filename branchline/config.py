@@ -147,7 +147,7 @@ class Config:
     ray: RayConfig = field(default_factory=RayConfig)
 
     def override(self, **flags: Any) -> Config:
-        """A copy with flags laid over: `override(**{"model.dtype": "float32", "decode.replicas": 2})`; None is skipped."""
+        """A copy with flags laid over: `override(**{"model.dtype": "float32"})`. A flag of None is skipped."""
         tree: dict[str, Any] = to_mapping(self)
         for path, value in flags.items():
             if value is None:

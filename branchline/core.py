@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 MAX_STOP_TOKEN_IDS = 8
 
 
-class InvalidRequest(ValueError):
+class InvalidRequestError(ValueError):
     """A request that can never succeed; the message is meant for the client. Maps to INVALID_ARGUMENT."""
 
 
@@ -41,13 +41,13 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and 0.0 <= self.temperature <= 100.0):
-            raise InvalidRequest(f"temperature must be between 0 and 100, got {self.temperature}")
+            raise InvalidRequestError(f"temperature must be between 0 and 100, got {self.temperature}")
         if not (math.isfinite(self.top_p) and 0.0 < self.top_p <= 1.0):
-            raise InvalidRequest(f"top_p must be above 0 and at most 1, got {self.top_p}")
+            raise InvalidRequestError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if not 0 <= self.top_k < 2**31:
-            raise InvalidRequest(f"top_k must be 0 (off) or positive, got {self.top_k}")
+            raise InvalidRequestError(f"top_k must be 0 (off) or positive, got {self.top_k}")
         if not 0 <= self.seed < 2**63:
-            raise InvalidRequest(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
+            raise InvalidRequestError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
 
     @property
     def greedy(self) -> bool:
@@ -72,13 +72,13 @@ class Request:
 
     def __post_init__(self) -> None:
         if not self.prompt:
-            raise InvalidRequest("the prompt is empty")
+            raise InvalidRequestError("the prompt is empty")
         if self.max_tokens < 1:
-            raise InvalidRequest(f"max_tokens must be at least 1, got {self.max_tokens}")
+            raise InvalidRequestError(f"max_tokens must be at least 1, got {self.max_tokens}")
         if len(self.emitted) >= self.max_tokens:
-            raise InvalidRequest(f"all {self.max_tokens} tokens are emitted already")
+            raise InvalidRequestError(f"all {self.max_tokens} tokens are emitted already")
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-            raise InvalidRequest(f"at most {MAX_STOP_TOKEN_IDS} stop token ids, got {len(self.stop_token_ids)}")
+            raise InvalidRequestError(f"at most {MAX_STOP_TOKEN_IDS} stop token ids, got {len(self.stop_token_ids)}")
 
     @property
     def context(self) -> tuple[int, ...]:
@@ -106,10 +106,10 @@ class DraftTree:
 
     def __post_init__(self) -> None:
         if not len(self.tokens) == len(self.parents) == len(self.scores):
-            raise InvalidRequest("a draft tree needs as many parents and scores as tokens")
+            raise InvalidRequestError("a draft tree needs as many parents and scores as tokens")
         for index, parent in enumerate(self.parents):
             if not 0 <= parent <= index:
-                raise InvalidRequest(f"draft node {index + 1} has parent {parent}, which does not come before it")
+                raise InvalidRequestError(f"draft node {index + 1} has parent {parent}, which does not come before it")
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -160,7 +160,7 @@ class KvSpan:
         for name in ("layers", "heads", "tokens"):
             start, end = getattr(self, name)
             if not 0 <= start < end:
-                raise InvalidRequest(f"KV span: {name} {start}..{end} is not a range")
+                raise InvalidRequestError(f"KV span: {name} {start}..{end} is not a range")
 
     def shape(self, head_dim: int) -> tuple[int, int, int, int, int]:
         """`[layers, 2, tokens, heads, head_dim]`."""

@@ -63,7 +63,8 @@ class Attention(Protocol):
         """Writes key and value to the cache, then attends.
 
         query `[tokens, heads, head_dim]`, key and value `[tokens, kv_heads, head_dim]`, rotated already;
-        returns `[tokens, heads, head_dim]` in query's dtype. The scale is head_dim ** -0.5. Query head h reads KV head h // (heads / kv_heads).
+        returns `[tokens, heads, head_dim]` in query's dtype. The scale is head_dim ** -0.5. Query head h
+        reads KV head h // (heads / kv_heads).
         """
         ...
 
