@@ -12,10 +12,7 @@ from typing import Protocol
 import torch
 
 from branchline.core import Fingerprint
-
-
-class ModelError(ValueError):
-    """A model or draft head that can't be served; the message says why (missing weights, wrong sizes, …)."""
+from branchline.engine.models.errors import ModelError as ModelError
 
 
 @dataclass(frozen=True)
