@@ -13,7 +13,6 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
-import os
 import shutil
 import subprocess
 import sys

@@ -1,7 +1,7 @@
-"""Converts a GGUF file into a bfloat16 Hugging Face directory: `python -m branchline.engine.models.gguf_convert SRC DST`.
+"""Converts a GGUF file into a bfloat16 Hugging Face directory.
 
-A program of its own (see `default_model`): it prints one line for each step, `done total text`, and fails with a
-traceback on stderr.
+A program of its own (see `default_model`): `python -m branchline.engine.models.gguf_convert SOURCE TARGET`.
+It prints one line for each step, `done total text`, and fails with a traceback on stderr.
 """
 
 from __future__ import annotations

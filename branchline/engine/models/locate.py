@@ -72,7 +72,7 @@ def _directory(name: str, report: Callable[[str], None]) -> Path:
 def _from_hub(name: str, report: Callable[[str], None]) -> Path:
     # Imported here because it costs a third of a second, which the default model need not pay.
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     report(f"{name}: looking it up on the Hugging Face hub")
     try:
