@@ -1,0 +1,139 @@
+"""What stands between gRPC and every handler: request parsing, error mapping, and the count of running calls.
+
+One interceptor instead of a try in every method. Handlers are coroutines, or asynchronous generators when they
+stream; they raise (`branchline.wire.status`) and never see gRPC's own ways of reporting an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import logging
+import secrets
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from branchline.core import InvalidRequestError
+from branchline.wire.status import FORESEEN, RpcFailure, failure_for
+
+logger = logging.getLogger(__name__)
+
+#: Served by gRPC's own servicers; a Watch lasts as long as the peer likes, so it must not count as work.
+_INFRASTRUCTURE = ("/grpc.health.", "/grpc.reflection.")
+
+
+class CallCounter:
+    """How many handlers are running, and a way to wait until none is."""
+
+    def __init__(self) -> None:
+        self.running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @contextlib.contextmanager
+    def track(self) -> Iterator[None]:
+        self.running += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self.running -= 1
+            if self.running == 0:
+                self._idle.set()
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """True when no handler runs, False when `timeout_s` passed first."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+
+class HandlerInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no stubs
+    """Wraps every handler of Branchline's services."""
+
+    def __init__(self, counter: CallCounter) -> None:
+        self._counter = counter
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        method: str = handler_call_details.method
+        if handler is None or method.startswith(_INFRASTRUCTURE):
+            return handler
+        return _wrap(handler, method, self._counter)
+
+
+def _wrap(handler: Any, method: str, counter: CallCounter) -> Any:
+    """The same method with parsing and error mapping around it.
+
+    gRPC parses a single request before it calls the handler and answers UNKNOWN when that fails; so it is given
+    none to parse (`request_deserializer=None` hands over the bytes) and the parsing is done here. Messages of
+    a request stream are parsed when the handler asks for the next one, so an error is raised inside the handler.
+    """
+    parse = _parser(handler.request_deserializer, method)
+    if handler.request_streaming:
+        kind = "stream_stream" if handler.response_streaming else "stream_unary"
+    else:
+        kind = "unary_stream" if handler.response_streaming else "unary_unary"
+    behaviour = getattr(handler, kind)
+
+    async def unary(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        with counter.track():
+            async with _mapped_errors(method, context):
+                return await behaviour(request if handler.request_streaming else parse(request), context)
+
+    async def streaming(request: Any, context: grpc.aio.ServicerContext) -> None:
+        # gRPC leaves a cancelled generator to the garbage collector. Closed here, its `finally` blocks (leases,
+        # streams to other workers) have run when the call has ended.
+        with counter.track():
+            async with _mapped_errors(method, context):
+                responses = behaviour(request if handler.request_streaming else parse(request), context)
+                if inspect.isawaitable(responses):  # a coroutine that writes to the context itself
+                    await responses
+                    return
+                async with contextlib.aclosing(responses):
+                    async for response in responses:
+                        await context.write(response)
+
+    make = getattr(grpc, f"{kind}_rpc_method_handler")
+    return make(
+        streaming if handler.response_streaming else unary,
+        request_deserializer=parse if handler.request_streaming else None,
+        response_serializer=handler.response_serializer,
+    )
+
+
+def _parser(deserialize: Callable[[bytes], Any], method: str) -> Callable[[bytes], Any]:
+    def parse(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError:
+            raise InvalidRequestError(
+                f"the request to {method} is not a valid message: it is damaged, or a string in it is not UTF-8"
+            ) from None
+
+    return parse
+
+
+@contextlib.asynccontextmanager
+async def _mapped_errors(method: str, context: grpc.aio.ServicerContext) -> AsyncGenerator[None]:
+    """Ends the call with the status that the error inside maps to. Cancellation passes through untouched."""
+    try:
+        yield
+        return
+    except grpc.aio.AbortError:  # the handler has set the status by itself
+        raise
+    except FORESEEN as error:
+        failure = failure_for(error)
+    except Exception:
+        request_id = secrets.token_hex(6)
+        logger.exception("%s failed, request %s", method, request_id)
+        failure = RpcFailure(grpc.StatusCode.INTERNAL, f"internal error, request {request_id}")
+    await context.abort(failure.code, failure.details)

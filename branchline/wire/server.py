@@ -1,0 +1,130 @@
+"""The life cycle of a gRPC server: bind, serve with health and reflection, stop within a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from branchline.wire.channels import SERVER_OPTIONS
+from branchline.wire.handlers import CallCounter, HandlerInterceptor
+
+#: Seconds that cancelled handlers have for their `finally` blocks.
+_CLEANUP_S = 5.0
+
+
+class BindError(OSError):
+    """The server cannot listen where it should; the message says where and why."""
+
+
+class PortInUseError(BindError):
+    """Somebody else listens there."""
+
+
+class RpcServer:
+    """Branchline's servicers behind one port. Use it from one event loop:
+
+        server = RpcServer("127.0.0.1", 0)
+        server.add("branchline.v1.GatewayService", servicer, add_GatewayServiceServicer_to_server)
+        address = await server.start()
+        ...
+        await server.stop(grace_s=5.0)
+
+    Errors that handlers raise become status codes (`branchline.wire.handlers`). The health service answers for
+    each service by its full name and for "" (all).
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self._host = host
+        self._port = port
+        self._services: list[tuple[str, Any, Callable[[Any, Any], None]]] = []
+        self._server: grpc.aio.Server | None = None
+        self._health = health.aio.HealthServicer()
+        self._calls: CallCounter | None = None
+
+    def add(self, service: str, servicer: object, add_to_server: Callable[[Any, Any], None]) -> None:
+        """Adds a servicer under its full protobuf name, with the generated function that registers it."""
+        if self._server is not None:
+            raise RuntimeError("services must be added before start()")
+        self._services.append((service, servicer, add_to_server))
+
+    @property
+    def running_calls(self) -> int:
+        """Handlers that run now; health checks and reflection don't count."""
+        return self._calls.running if self._calls else 0
+
+    async def start(self) -> str:
+        """Binds, serves, and returns HOST:PORT with the real port. Raises PortInUseError or BindError."""
+        if self._server is not None:
+            raise RuntimeError("the server has been started already")
+        self._calls = CallCounter()
+        server = grpc.aio.server(interceptors=[HandlerInterceptor(self._calls)], options=SERVER_OPTIONS)
+        for _, servicer, add_to_server in self._services:
+            add_to_server(servicer, server)
+        names = [name for name, _, _ in self._services]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+        address = _bind(server, self._host, self._port)
+        await server.start()
+        self._server = server
+        await self.set_serving(True)
+        return address
+
+    async def set_serving(self, serving: bool) -> None:
+        """What the health service answers from now on."""
+        response = health_pb2.HealthCheckResponse
+        for name in ("", *(name for name, _, _ in self._services)):
+            await self._health.set(name, response.SERVING if serving else response.NOT_SERVING)
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuses new calls at once, lets running ones end for `grace_s`, then cancels them. Idempotent.
+
+        Returns when the handlers have ended, their cleanup included, which has a deadline of its own.
+        """
+        if self._server is None or self._calls is None:
+            return
+        await self._health.enter_graceful_shutdown()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._server.stop(grace_s))
+            await self._calls.wait_idle(grace_s)
+            await self._server.stop(None)  # health watchers, and whatever outlived the grace
+        if not await self._calls.wait_idle(_CLEANUP_S):
+            raise TimeoutError(f"{self._calls.running} handlers have not ended {_CLEANUP_S:g} s after the stop")
+
+
+def _bind(server: grpc.aio.Server, host: str, port: int) -> str:
+    _require_free(host, port)
+    where = f"[{host}]" if ":" in host else host
+    try:
+        bound: int = server.add_insecure_port(f"{where}:{port}")
+    except RuntimeError as error:  # somebody was faster
+        raise BindError(f"cannot listen on {where}:{port}") from error
+    return f"{where}:{bound}"
+
+
+def _require_free(host: str, port: int) -> None:
+    """Asks the kernel: gRPC's error names no reason, and there is none at all while any one of the addresses that
+    `host` stands for (`localhost`: IPv4 and IPv6) is free.
+    """
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        raise BindError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    refusals: list[OSError] = []
+    for family, kind, protocol, _, address in addresses:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does: TIME_WAIT is free
+                probe.bind(address)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise PortInUseError(f"port {port} on {host} is in use by another process") from error
+            refusals.append(error)
+    if len(refusals) == len(addresses):  # a machine without IPv6 refuses one of two, which is fine
+        raise BindError(f"cannot listen on {host}:{port}: {refusals[0].strerror}") from refusals[0]
