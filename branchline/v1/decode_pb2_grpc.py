@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class DecodeServiceStub:
-    """Missing associated documentation comment in .proto file."""
+    """Called by gateways (Reserve, Attach, Abort, GetStatus) and by prefill workers (Handoff).
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -62,7 +63,8 @@ class DecodeServiceStub:
 
 
 class DecodeServiceServicer:
-    """Missing associated documentation comment in .proto file."""
+    """Called by gateways (Reserve, Attach, Abort, GetStatus) and by prefill workers (Handoff).
+    """
 
     def Reserve(self, request, context):
         """Promises the KV blocks of a sequence. Safe to retry: every call makes its own lease, and one that is
@@ -146,7 +148,8 @@ def add_DecodeServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class DecodeService:
-    """Missing associated documentation comment in .proto file."""
+    """Called by gateways (Reserve, Attach, Abort, GetStatus) and by prefill workers (Handoff).
+    """
 
     @staticmethod
     def Reserve(request,

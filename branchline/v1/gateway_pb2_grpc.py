@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class GatewayServiceStub:
-    """Missing associated documentation comment in .proto file."""
+    """What clients call. The gateway's process also answers grpc.health.v1 and reflection.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -47,14 +48,16 @@ class GatewayServiceStub:
 
 
 class GatewayServiceServicer:
-    """Missing associated documentation comment in .proto file."""
+    """What clients call. The gateway's process also answers grpc.health.v1 and reflection.
+    """
 
     def Generate(self, request, context):
         """Generates a completion. Responses carry text and token ids in order; the last one has `finished`.
         Text is whole characters only, so a response may carry tokens without text and the reverse.
         INVALID_ARGUMENT names the field that is wrong. RESOURCE_EXHAUSTED when the system stays full until the
         deadline, UNAVAILABLE when no worker can serve, DEADLINE_EXCEEDED when the deadline passes. Cancelling frees
-        everything on all workers. Without a deadline of the client's the gateway's own applies.
+        everything on all workers. Without a deadline of the client's the gateway's own applies. Safe to retry until
+        the first response has come; with a seed a retry repeats the same text.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -89,7 +92,8 @@ def add_GatewayServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GatewayService:
-    """Missing associated documentation comment in .proto file."""
+    """What clients call. The gateway's process also answers grpc.health.v1 and reflection.
+    """
 
     @staticmethod
     def Generate(request,

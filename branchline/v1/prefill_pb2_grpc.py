@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class PrefillServiceStub:
-    """Missing associated documentation comment in .proto file."""
+    """Called by gateways.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -47,7 +48,8 @@ class PrefillServiceStub:
 
 
 class PrefillServiceServicer:
-    """Missing associated documentation comment in .proto file."""
+    """Called by gateways.
+    """
 
     def Prefill(self, request, context):
         """Computes the context's KV, ships it to the decode worker and answers twice: with the first token as soon as
@@ -89,7 +91,8 @@ def add_PrefillServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PrefillService:
-    """Missing associated documentation comment in .proto file."""
+    """Called by gateways.
+    """
 
     @staticmethod
     def Prefill(request,
