@@ -1,0 +1,55 @@
+"""Who holds which KV block. Pure bookkeeping: no tensors, one owner (the engine thread)."""
+
+from __future__ import annotations
+
+#: Block 0 belongs to nobody: padding and inactive slots read and write there.
+NULL_BLOCK = 0
+
+
+class OutOfBlocksError(RuntimeError):
+    """No KV blocks, or no batch slot, are free now; a later try may succeed."""
+
+
+def blocks_for(tokens: int, block_size: int) -> int:
+    """Blocks that `tokens` cache rows take."""
+    return -(-tokens // block_size)
+
+
+class BlockPool:
+    """A free list over blocks 1 … total. Lowest numbers are handed out first, so that tests read well."""
+
+    def __init__(self, total: int) -> None:
+        assert total >= 1, total
+        self.total = total
+        self._free = list(range(total, NULL_BLOCK, -1))
+        self._used: set[int] = set()
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    @property
+    def used(self) -> int:
+        return len(self._used)
+
+    def can_allocate(self, count: int) -> bool:
+        return count <= self.free
+
+    def allocate(self, count: int) -> list[int]:
+        """Raises OutOfBlocksError, and takes nothing, when fewer than `count` are free."""
+        if not self.can_allocate(count):
+            raise OutOfBlocksError(f"{count} KV blocks needed, {self.free} of {self.total} free")
+        blocks = [self._free.pop() for _ in range(count)]
+        self._used.update(blocks)
+        return blocks
+
+    def release(self, blocks: list[int]) -> None:
+        for block in blocks:
+            self._used.remove(block)  # KeyError: freed twice, or never allocated
+            self._free.append(block)
+
+    def check_integrity(self) -> None:
+        """Every block is free or used, none both, the null block neither."""
+        assert len(self._free) == len(set(self._free)), "a block is free twice"
+        assert self._used.isdisjoint(self._free), "a block is both free and used"
+        assert self._used | set(self._free) == set(range(1, self.total + 1)), "a block is lost"

@@ -1,0 +1,79 @@
+"""The paged KV cache: tensors and the ways rows get in and out of them.
+
+A *slot* is a row of the cache: block * block_size + offset. A sequence's block table maps token positions to
+slots; target and draft cache share block ids, so one table serves both.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from branchline.engine.blocks import NULL_BLOCK
+from branchline.engine.models.protocol import KvGeometry
+
+
+def slots_of(block_table: torch.Tensor, positions: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Slots of token positions: block_table `[batch, width]`, positions `[batch, n]` -> int64 `[batch, n]`.
+
+    Positions outside the table land in its last block; callers mask those rows away with `null_unless`.
+    """
+    index = torch.div(positions, block_size, rounding_mode="floor").clamp(0, block_table.shape[1] - 1)
+    return block_table.gather(1, index) * block_size + positions.remainder(block_size)
+
+
+def null_unless(keep: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Sends the rows that must not be written to the null block."""
+    return torch.where(keep, slots, NULL_BLOCK)
+
+
+class PagedKvCache:
+    """`storage` is `[layers, 2, kv_heads, blocks * block_size, head_dim]`: K at 0, V at 1.
+
+    Heads come before slots so that a block of one head is contiguous: attention gathers whole blocks, and
+    its matrix products need no transposed copy.
+    """
+
+    def __init__(self, geometry: KvGeometry, blocks: int, block_size: int, device: torch.device) -> None:
+        """`blocks` counts those of the pool; the null block comes on top."""
+        self.geometry = geometry
+        self.block_size = block_size
+        self.storage = torch.zeros(
+            (geometry.num_layers, 2, geometry.num_kv_heads, (blocks + 1) * block_size, geometry.head_dim),
+            dtype=geometry.dtype,
+            device=device,
+        )
+
+    def write(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Stores rows: slots `[n]`, key and value `[n, kv_heads, head_dim]`."""
+        rows = self.storage[layer]
+        rows[0].index_copy_(1, slots, key.transpose(0, 1))
+        rows[1].index_copy_(1, slots, value.transpose(0, 1))
+
+    def gather(self, layer: int, block_table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of sequences, `[kv_heads, batch, width * block_size, head_dim]`; block_table `[batch, width]`."""
+        batch, width = block_table.shape
+        heads, head_dim = self.geometry.num_kv_heads, self.geometry.head_dim
+        flat = block_table.reshape(-1)
+        key, value = (
+            self.storage[layer, part]
+            .view(heads, -1, self.block_size * head_dim)
+            .index_select(1, flat)
+            .view(heads, batch, width * self.block_size, head_dim)
+            for part in (0, 1)
+        )
+        return key, value
+
+    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copies rows, `[n]` slots each, in every layer, K and V. All reads come before the first write: the
+        ranges may overlap. This is the KV rewind (docs/architecture.md, section 4)."""
+        self.storage.index_copy_(3, target, self.storage.index_select(3, source))
+
+    def read(self, layers: tuple[int, int], heads: tuple[int, int], slots: torch.Tensor) -> torch.Tensor:
+        """Rows in the wire's canonical order: `[layers, 2, tokens, heads, head_dim]`, contiguous."""
+        part = self.storage[layers[0] : layers[1], :, heads[0] : heads[1]]
+        return part.index_select(3, slots).transpose(2, 3).contiguous()
+
+    def load(self, layers: tuple[int, int], heads: tuple[int, int], slots: torch.Tensor, rows: torch.Tensor) -> None:
+        """The inverse of `read`."""
+        part = self.storage[layers[0] : layers[1], :, heads[0] : heads[1]]
+        part.index_copy_(3, slots, rows.transpose(2, 3))

@@ -1,0 +1,187 @@
+"""Prefill: a context's KV, chunk by chunk, then the first token and the first draft tree.
+
+Synchronous; owned by one engine thread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from branchline.config import EngineConfig
+from branchline.core import DraftTree, FinishReason, InvalidRequestError, KvSpan, Request
+from branchline.engine.attention import PagedAttention
+from branchline.engine.draft import DraftHeads, TreeDrafter
+from branchline.engine.models.protocol import KvGeometry, Models
+from branchline.engine.sampling import SamplingTensors, choose_tokens
+from branchline.engine.sequence import KvCaches, check_token_ids, variant_for
+from branchline.engine.tree import TreeTopology
+
+
+@dataclass
+class PrefillTask:
+    """One request in prefill. `computed` tokens of the context have their target KV in the cache."""
+
+    request: Request
+    blocks: list[int]
+    block_table: torch.Tensor  # int64 [1, blocks]
+    token_ids: torch.Tensor  # int64 [context]
+    computed: int = 0
+    #: State of the last computed position: the target's hidden state, and the fused one for the draft head.
+    last_hidden: torch.Tensor | None = field(default=None, repr=False)
+    last_fused: torch.Tensor | None = field(default=None, repr=False)
+    first_token: int | None = None
+    released: bool = False
+
+    @property
+    def length(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def done(self) -> bool:
+        return self.computed == self.length
+
+
+class PrefillRunner:
+    """Computes prompts on one device. Not thread-safe by design."""
+
+    def __init__(self, models: Models, engine: EngineConfig, tree: TreeTopology) -> None:
+        self._models = models
+        self._caches = KvCaches(models, engine, tree)
+        self._chunk = engine.prefill_chunk_tokens
+        self._device = models.device
+        self._drafter: TreeDrafter | None = None
+        if models.draft is not None and self._caches.draft is not None:
+            spec = models.target.spec
+            self._drafter = TreeDrafter(models.draft, self._caches.draft, tree, spec.max_position)
+        self.max_model_len = self._caches.max_model_len
+        self.pool = self._caches.pool
+
+    @property
+    def target_kv(self) -> KvGeometry:
+        return self._caches.target_kv
+
+    @property
+    def draft_kv(self) -> KvGeometry | None:
+        return self._caches.draft_kv
+
+    def check_integrity(self) -> None:
+        self.pool.check_integrity()
+
+    def begin(self, request: Request) -> PrefillTask:
+        """Takes the blocks. Raises InvalidRequestError for a context that is too long or has an id outside the
+        vocabulary, OutOfBlocksError when blocks are short now."""
+        context = request.context
+        if len(context) >= self.max_model_len:
+            raise InvalidRequestError(
+                f"the prompt has {len(context)} tokens; at most {self.max_model_len - 1} leave room for an answer"
+            )
+        check_token_ids(context, self._models.target.spec.vocab_size)
+        blocks = self.pool.allocate(self._caches.blocks_for(len(context)))
+        return PrefillTask(
+            request,
+            blocks,
+            torch.tensor([blocks], dtype=torch.int64, device=self._device),
+            torch.tensor(context, dtype=torch.int64, device=self._device),
+        )
+
+    @torch.inference_mode()
+    def advance(self, task: PrefillTask) -> tuple[int, int]:
+        """Computes the next chunk; returns the token range whose target KV it completed."""
+        assert not task.done
+        assert not task.released
+        start, end = task.computed, min(task.computed + self._chunk, task.length)
+        positions = torch.arange(start, end, device=self._device)
+        table, base = self._table(task, end), self._scalar(start)
+        triangle = torch.ones((1, end - start, end - start), dtype=torch.bool, device=self._device).tril()
+        offsets = (positions - start)[None]
+        attention = PagedAttention.over(
+            self._caches.target,
+            table,
+            base,
+            self._scalar(0),
+            triangle,
+            offsets,
+            torch.ones_like(offsets, dtype=torch.bool),
+        )
+        output = self._models.target.forward(task.token_ids[start:end], positions, attention)
+        task.last_hidden = output.hidden[-1:]
+        if self._drafter is not None:
+            assert output.auxiliary is not None
+            self._extend_draft(task, start, end, self._drafter.model.fuse(output.auxiliary))
+        task.computed = end
+        return start, end
+
+    @torch.inference_mode()
+    def first_token(self, task: PrefillTask) -> tuple[int, FinishReason | None]:
+        """Samples the first token, with the same noise as decode would; tells whether it ends the request."""
+        assert task.done
+        assert task.last_hidden is not None
+        request = task.request
+        logits = self._models.target.logits(task.last_hidden)[None]
+        no_depth = torch.zeros((1, 1), dtype=torch.int64, device=self._device)
+        chosen = choose_tokens(
+            logits, no_depth, self._scalar(task.length), 1, self._sampling(task), variant_for([request.sampling])
+        )
+        task.first_token = int(chosen.item())
+        if task.first_token in request.stop_token_ids:
+            return task.first_token, FinishReason.STOP
+        if len(request.emitted) + 1 == request.max_tokens or task.length + 1 >= self.max_model_len:
+            return task.first_token, FinishReason.LENGTH
+        return task.first_token, None
+
+    @torch.inference_mode()
+    def draft(self, task: PrefillTask) -> DraftTree:
+        """The first tree, after `first_token`; completes the draft rows 1 … length. Empty without a draft head."""
+        assert task.first_token is not None
+        if self._drafter is None:
+            return DraftTree()
+        assert task.last_fused is not None
+        root, one = self._scalar(task.length), self._scalar(1)
+        table = self._table(task, task.length + self._caches.headroom)
+        heads = self._extend(table, self._scalar(task.first_token)[None], task.last_fused, task.length)
+        keep = torch.ones(1, dtype=torch.bool, device=self._device)
+        tokens, scores = self._drafter.grow(
+            heads, root, one, keep, table, self._sampling(task), variant_for([task.request.sampling])
+        )
+        return DraftTree(tuple(tokens[0].tolist()), self._drafter.tree.parents, tuple(scores[0].tolist()))
+
+    def export(self, task: PrefillTask, span: KvSpan) -> bytes:
+        """Canonical bytes of a span that is complete. Raises InvalidRequestError when it lies outside."""
+        assert not task.released
+        return self._caches.read(task.blocks, span)
+
+    def release(self, task: PrefillTask) -> None:
+        """Gives the blocks back. Idempotent."""
+        if not task.released:
+            task.released = True
+            self.pool.release(task.blocks)
+
+    def _extend_draft(self, task: PrefillTask, start: int, end: int, fused: torch.Tensor) -> None:
+        """Draft rows start … end - 1: row j pairs token j with the fused state at j - 1, so a chunk's first row takes
+        its state from the chunk before, and its last state waits for the next token."""
+        if task.last_fused is not None:
+            fused, first = torch.cat([task.last_fused, fused]), start
+        else:
+            first = 1  # row 0 has no state before it and does not exist
+        if end > first:
+            self._extend(self._table(task, end), task.token_ids[None, first:end], fused[:-1], first)
+        task.last_fused = fused[-1:]
+
+    def _extend(self, table: torch.Tensor, token_ids: torch.Tensor, fused: torch.Tensor, first: int) -> DraftHeads:
+        assert self._drafter is not None
+        count = self._scalar(token_ids.shape[1])
+        return self._drafter.extend(token_ids, fused, self._scalar(first), count, self._scalar(1), table)
+
+    def _table(self, task: PrefillTask, tokens: int) -> torch.Tensor:
+        """The part of the block table that covers `tokens` rows: attention reads no further."""
+        return task.block_table[:, : -(-tokens // self._caches.block_size)]
+
+    def _scalar(self, value: int) -> torch.Tensor:
+        return torch.tensor([value], dtype=torch.int64, device=self._device)
+
+    def _sampling(self, task: PrefillTask) -> SamplingTensors:
+        tensors = SamplingTensors.empty(1, self._device)
+        tensors.load(0, task.request.sampling)
+        return tensors

@@ -1,0 +1,94 @@
+"""What prefill and decode agree on about a sequence's place in the cache."""
+
+from __future__ import annotations
+
+import torch
+
+from branchline.config import ConfigError, EngineConfig
+from branchline.core import InvalidRequestError, KvPart, KvSpan, SamplingParams
+from branchline.engine.blocks import BlockPool, blocks_for
+from branchline.engine.cache import PagedKvCache, slots_of
+from branchline.engine.models.protocol import Models
+from branchline.engine.sampling import SamplingVariant
+from branchline.engine.tree import TreeTopology
+
+MIB = 2**20
+
+
+class KvCaches:
+    """The target's and the draft head's paged caches over one pool of blocks: a block id names a place in both."""
+
+    def __init__(self, models: Models, engine: EngineConfig, tree: TreeTopology) -> None:
+        """Raises ConfigError when `engine.kv_cache_mib` can't hold one sequence of full length."""
+        target = models.target.spec
+        self.block_size = engine.block_size
+        self.max_model_len = min(engine.max_model_len or target.max_position, target.max_position)
+        #: Rows behind a sequence's tokens: an accepted path, then the next tree with its root.
+        self.headroom = tree.depth + 1 + tree.num_nodes + 1
+        self.target_kv = target.kv
+        self.draft_kv = models.draft.spec.kv if models.draft is not None and tree.num_nodes > 0 else None
+        per_token = sum(kv.bytes_per_token for kv in (self.target_kv, self.draft_kv) if kv is not None)
+        blocks = engine.kv_cache_mib * MIB // (per_token * self.block_size) - 1  # one is the null block
+        needed = self.blocks_for(self.max_model_len)
+        if blocks < needed:
+            raise ConfigError(
+                f"engine.kv_cache_mib: {engine.kv_cache_mib} MiB hold {max(blocks, 0)} blocks, but one sequence of "
+                f"{self.max_model_len} tokens (engine.max_model_len) needs {needed}"
+            )
+        self.pool = BlockPool(blocks)
+        self.target = PagedKvCache(self.target_kv, blocks, self.block_size, models.device)
+        self.draft = PagedKvCache(self.draft_kv, blocks, self.block_size, models.device) if self.draft_kv else None
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks of a sequence that can reach `tokens` tokens, headroom included."""
+        return blocks_for(tokens + self.headroom, self.block_size)
+
+    def read(self, blocks: list[int], span: KvSpan) -> bytes:
+        """A span of a sequence as canonical bytes."""
+        cache, slots = self._locate(blocks, span)
+        rows = cache.read(span.layers, span.heads, slots)
+        return rows.view(torch.uint8).cpu().numpy().tobytes()
+
+    def load(self, blocks: list[int], span: KvSpan, data: bytes) -> None:
+        """The inverse of `read`. Raises InvalidRequestError when the span or the number of bytes is wrong."""
+        cache, slots = self._locate(blocks, span)
+        geometry = cache.geometry
+        shape = span.shape(geometry.head_dim)
+        expected = torch.Size(shape).numel() * geometry.dtype.itemsize
+        if len(data) != expected:
+            raise InvalidRequestError(f"KV span of {expected} bytes carries {len(data)}")
+        rows = torch.frombuffer(bytearray(data), dtype=geometry.dtype).view(shape)
+        cache.load(span.layers, span.heads, slots, rows.to(cache.storage.device))
+
+    def _locate(self, blocks: list[int], span: KvSpan) -> tuple[PagedKvCache, torch.Tensor]:
+        cache = self.target if span.part is KvPart.TARGET else self.draft
+        if cache is None:
+            raise InvalidRequestError("draft KV, but no draft head is in use here")
+        limits = {
+            "layers": cache.geometry.num_layers,
+            "heads": cache.geometry.num_kv_heads,
+            "tokens": len(blocks) * self.block_size,
+        }
+        for name, limit in limits.items():
+            end = getattr(span, name)[1]
+            if end > limit:
+                raise InvalidRequestError(f"KV span: {name} end at {end}, but there are {limit}")
+        device = cache.storage.device
+        table = torch.tensor([blocks], dtype=torch.int64, device=device)
+        positions = torch.arange(*span.tokens, device=device)[None]
+        return cache, slots_of(table, positions, self.block_size)[0]
+
+
+def check_token_ids(token_ids: tuple[int, ...], vocab_size: int) -> None:
+    """Raises InvalidRequestError naming the first id outside the vocabulary."""
+    for token_id in token_ids:
+        if not 0 <= token_id < vocab_size:
+            raise InvalidRequestError(f"token id {token_id} is not below the vocabulary size {vocab_size}")
+
+
+def variant_for(samplings: list[SamplingParams]) -> SamplingVariant:
+    """The cheapest sampling variant that serves all of a batch."""
+    sampled = [sampling for sampling in samplings if not sampling.greedy]
+    if any(sampling.top_k > 0 or sampling.top_p < 1.0 for sampling in sampled):
+        return SamplingVariant.FILTERED
+    return SamplingVariant.NOISE if sampled else SamplingVariant.GREEDY

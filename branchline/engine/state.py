@@ -1,0 +1,75 @@
+"""The running batch on the device: one row per slot, read and written by the decode iteration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from branchline.core import MAX_STOP_TOKEN_IDS, DraftTree, Request
+from branchline.engine.sampling import SamplingTensors
+
+#: Stands for "no node" among parents and "no token" among stop ids; equals no node number and no token id.
+ABSENT = -1
+
+
+@dataclass
+class BatchState:
+    """Tensors `[slots + 1, …]` on one device. The last row is padding: never active, it fills up a batch bucket.
+
+    `length` counts the tokens whose target KV is in the cache; the root stands at that position. `draft_start` is the
+    first draft row that exists. `remaining` tokens may still be emitted.
+    """
+
+    length: torch.Tensor  # int64
+    root: torch.Tensor  # int64: token id of node 0
+    tree_tokens: torch.Tensor  # int64 [slots + 1, nodes]
+    tree_parents: torch.Tensor  # int64 [slots + 1, nodes]: node numbers, ABSENT where there is no node
+    draft_start: torch.Tensor  # int64
+    remaining: torch.Tensor  # int64
+    stop_token_ids: torch.Tensor  # int64 [slots + 1, MAX_STOP_TOKEN_IDS]
+    active: torch.Tensor  # bool
+    sampling: SamplingTensors
+
+    @classmethod
+    def empty(cls, slots: int, nodes: int, device: torch.device) -> BatchState:
+        def full(value: int, *shape: int) -> torch.Tensor:
+            return torch.full((slots + 1, *shape), value, dtype=torch.int64, device=device)
+
+        return cls(
+            length=full(0),
+            root=full(0),
+            tree_tokens=full(0, nodes),
+            tree_parents=full(ABSENT, nodes),
+            draft_start=full(1),
+            remaining=full(0),
+            stop_token_ids=full(ABSENT, MAX_STOP_TOKEN_IDS),
+            active=torch.zeros(slots + 1, dtype=torch.bool, device=device),
+            sampling=SamplingTensors.empty(slots + 1, device),
+        )
+
+    def select(self, slots: torch.Tensor) -> BatchState:
+        """The rows of a batch, `[batch, …]` each."""
+        rows = {f.name: getattr(self, f.name).index_select(0, slots) for f in fields(self) if f.name != "sampling"}
+        return BatchState(**rows, sampling=self.sampling.select(slots))
+
+    def load(
+        self, slot: int, request: Request, first_token: int, tree: DraftTree, draft_start: int, remaining: int
+    ) -> None:
+        """Fills a slot from the host, between iterations. `tree` must fit the state's number of nodes."""
+        nodes = self.tree_tokens.shape[1]
+        assert len(tree) <= nodes, (len(tree), nodes)
+        padding = nodes - len(tree)
+        stop = [*request.stop_token_ids, *[ABSENT] * (MAX_STOP_TOKEN_IDS - len(request.stop_token_ids))]
+        self.length[slot] = len(request.context)
+        self.root[slot] = first_token
+        self.tree_tokens[slot] = self.tree_tokens.new_tensor([*tree.tokens, *[0] * padding])
+        self.tree_parents[slot] = self.tree_parents.new_tensor([*tree.parents, *[ABSENT] * padding])
+        self.draft_start[slot] = draft_start
+        self.remaining[slot] = remaining
+        self.stop_token_ids[slot] = self.stop_token_ids.new_tensor(stop)
+        self.sampling.load(slot, request.sampling)
+        self.active[slot] = True
+
+    def clear(self, slot: int) -> None:
+        self.active[slot] = False
