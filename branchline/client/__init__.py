@@ -1,0 +1,47 @@
+"""The SDK: a synchronous and an asyncio client for Branchline's gateway, light enough for any program.
+
+from branchline.client import Client
+
+with Client("127.0.0.1:50051") as client:
+    for chunk in client.generate(messages=[{"role": "user", "content": "Hello!"}]):
+        print(chunk.text, end="", flush=True)
+"""
+
+from branchline.client.aio import AsyncClient, AsyncStream
+from branchline.client.errors import (
+    BranchlineError,
+    CancelledError,
+    DeadlineExceededError,
+    InvalidRequestError,
+    OverloadedError,
+    ServerError,
+    UnavailableError,
+    UnsupportedError,
+)
+from branchline.client.options import GenerateOptions
+from branchline.client.results import Chunk, Completion, ServerInfo, Usage, Worker
+from branchline.client.sync import Client, Stream
+from branchline.core import FinishReason, SpeculationStats
+
+__all__ = [
+    "AsyncClient",
+    "AsyncStream",
+    "BranchlineError",
+    "CancelledError",
+    "Chunk",
+    "Client",
+    "Completion",
+    "DeadlineExceededError",
+    "FinishReason",
+    "GenerateOptions",
+    "InvalidRequestError",
+    "OverloadedError",
+    "ServerError",
+    "ServerInfo",
+    "SpeculationStats",
+    "Stream",
+    "UnavailableError",
+    "UnsupportedError",
+    "Usage",
+    "Worker",
+]

@@ -1,0 +1,153 @@
+"""The asyncio client. One instance belongs to one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+import grpc
+
+from branchline.client import transport
+from branchline.client.errors import BranchlineError, CancelledError, from_rpc_error
+from branchline.client.options import DEFAULT_TIMEOUT_S, GenerateOptions, deadline, generate_request
+from branchline.client.results import Chunk, Collector, Completion, ServerInfo, server_info
+from branchline.v1 import gateway_pb2, gateway_pb2_grpc
+
+
+class AsyncClient:
+    """A connection to a gateway:
+
+        async with AsyncClient("127.0.0.1:50051") as client:
+            async for chunk in client.generate(prompt="Once upon a time", max_tokens=64):
+                print(chunk.text, end="", flush=True)
+
+    It connects with its first call. `timeout` is the deadline in seconds of calls that bring none.
+    Calls raise the exceptions of `branchline.client.errors`.
+    """
+
+    def __init__(self, target: str, *, timeout: float = DEFAULT_TIMEOUT_S) -> None:
+        self.target = transport.check_target(target)
+        self._timeout_s = deadline(timeout)
+        self._channel: Any = None  # made by the first call, on the loop that runs then
+        self._closed = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Cancels what still runs and disconnects. Idempotent."""
+        self._closed = True
+        if self._channel is not None:
+            await self._channel.close()
+
+    async def complete(self, *, timeout: float | None = None, **options: Unpack[GenerateOptions]) -> Completion:
+        """Generates and waits for the end, at most `timeout` seconds. Options: see GenerateOptions."""
+        async with self.generate(timeout=timeout, **options) as stream:
+            async for _ in stream:
+                pass
+            return stream.result
+
+    def generate(self, *, timeout: float | None = None, **options: Unpack[GenerateOptions]) -> AsyncStream:
+        """Generates and yields the parts as they come, for `timeout` seconds. Options: see GenerateOptions."""
+        timeout_s = self._timeout_s if timeout is None else deadline(timeout)
+        return AsyncStream(self._stub(), generate_request(**options), timeout_s, self.target)
+
+    async def info(self, *, timeout: float = 10.0) -> ServerInfo:
+        """What is being served, and the load now."""
+        stub = self._stub()
+        try:
+            return server_info(await stub.GetInfo(gateway_pb2.GetInfoRequest(), timeout=deadline(timeout)))
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self.target) from error
+
+    async def health(self, *, timeout: float = transport.HEALTH_TIMEOUT_S) -> bool:
+        """Whether the gateway can serve; False also when nobody answers within `timeout` seconds."""
+        check = self._open_channel().unary_unary(transport.HEALTH_METHOD)
+        try:
+            answer: bytes = await check(transport.HEALTH_REQUEST, timeout=deadline(timeout))
+        except grpc.RpcError as error:
+            if error.code() in transport.NOT_READY:
+                return False
+            raise from_rpc_error(error, self.target) from error
+        return answer == transport.HEALTH_SERVING
+
+    async def wait_ready(self, timeout: float = 60.0) -> None:
+        """Waits until the gateway can serve. Raises DeadlineExceededError after `timeout` seconds."""
+        wait = transport.ReadyWait(self.target, deadline(timeout))
+        while not await self.health(timeout=wait.next_timeout_s()):
+            await asyncio.sleep(transport.POLL_S)
+
+    def _stub(self) -> Any:
+        return gateway_pb2_grpc.GatewayServiceStub(self._open_channel())
+
+    def _open_channel(self) -> Any:
+        if self._closed:
+            raise BranchlineError("the client is closed", "CANCELLED")
+        if self._channel is None:
+            self._channel = grpc.aio.insecure_channel(self.target, options=transport.channel_options(self.target))
+        return self._channel
+
+
+class AsyncStream:
+    """A running generation: an asynchronous iterator of chunks which knows the whole result after its end.
+
+    It is cancelled, and everything it holds on the workers is freed, by `close()`, by leaving its `async with`
+    block, by cancelling the task that waits for it, or when the last reference to it goes.
+    """
+
+    def __init__(self, stub: Any, request: gateway_pb2.GenerateRequest, timeout_s: float, target: str) -> None:
+        self._target = target
+        self._collector = Collector()
+        self._closed = False
+        self._call = stub.Generate(request, timeout=timeout_s)
+
+    def __aiter__(self) -> AsyncIterator[Chunk]:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        while True:
+            try:
+                response = await self._call.read()
+            except grpc.RpcError as error:
+                raise from_rpc_error(error, self._target) from error
+            except asyncio.CancelledError:
+                if self._closed:  # close() in another task: gRPC tells it as if this task had been cancelled
+                    raise CancelledError("the stream was closed", "CANCELLED") from None
+                raise
+            if response is grpc.aio.EOF:
+                self._collector.finish()
+                raise StopAsyncIteration
+            chunk = self._collector.add(response)
+            if chunk is not None:
+                return chunk
+
+    @property
+    def result(self) -> Completion:
+        """All of it together. Raises RuntimeError before the stream has ended."""
+        if self._collector.result is None:
+            raise RuntimeError("the stream has not come to its end")
+        return self._collector.result
+
+    async def close(self) -> None:
+        """Cancels the generation unless it has ended. Idempotent."""
+        self._closed = True
+        self._call.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_call"):  # absent when the call could not be made
+            self._call.cancel()
