@@ -1,0 +1,69 @@
+"""The Ray actor: a thin shell around a role's `serve`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import ray
+
+from branchline.config import Config
+from cluster.shell import RoleThread, State, Status
+
+WILDCARD_HOSTS = ("0.0.0.0", "[::]", "::")
+
+
+@dataclass(frozen=True)
+class ActorInfo:
+    """Where an actor runs and what it has claimed."""
+
+    pid: int
+    node_ip: str
+    gpu_ids: tuple[str, ...]
+    #: Cores that the process may use.
+    cores: tuple[int, ...]
+
+
+class RoleActor:
+    """Owns one role's thread. Every method returns at once, except `stop`.
+
+    Ray starts a new process when this one dies, and runs `__init__` there; the supervisor sees that the
+    new one is idle and calls `start` again, with the configuration of that moment.
+    """
+
+    def __init__(self, serve_path: str) -> None:
+        logging.basicConfig(level=logging.WARNING)
+        self._role = RoleThread(serve_path)
+
+    def start(self, config: Config, cores: Sequence[int]) -> None:
+        self._role.start(config, cores)
+
+    def status(self, since: int) -> Status:
+        """State, address and the progress lines from number `since` on."""
+        status = self._role.status(since)
+        if status.state is not State.READY:
+            return status
+        return replace(status, address=reachable(status.address, ray.util.get_node_ip_address()))
+
+    def info(self) -> ActorInfo:
+        return ActorInfo(
+            pid=os.getpid(),
+            node_ip=ray.util.get_node_ip_address(),
+            gpu_ids=tuple(str(gpu) for gpu in ray.get_gpu_ids()),
+            cores=tuple(sorted(os.sched_getaffinity(0))),
+        )
+
+    def update_workers(self, prefill: Sequence[str], decode: Sequence[str]) -> None:
+        """Tells a gateway where the workers are now."""
+
+    def stop(self, grace_s: float) -> bool:
+        """Ends `serve`; True when it ended within `grace_s` seconds."""
+        return self._role.stop(grace_s)
+
+
+def reachable(address: str, node_ip: str) -> str:
+    """The address with a wildcard host replaced by the node's own, so that other nodes can use it."""
+    host, _, port = address.rpartition(":")
+    return f"{node_ip}:{port}" if host in WILDCARD_HOSTS else address

@@ -1,0 +1,125 @@
+"""Which actors a configuration needs, what each may use, and their creation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from branchline.config import Config
+from cluster.actors import RoleActor
+
+#: Import paths of the roles' `serve` coroutines.
+SERVE_PATHS = {
+    "prefill": "prefill_worker.serve:serve",
+    "decode": "decode_worker.serve:serve",
+    "gateway": "gateway.serve:serve",
+}
+WORKER_ROLES = ("prefill", "decode")
+PORT_FIELDS = {"prefill": "prefill.port", "decode": "decode.port", "gateway": "gateway.grpc_port"}
+
+#: Cores from which on each worker is pinned to its own (docs/architecture.md, section 9).
+MIN_CORES_TO_PIN = 4
+
+#: Read when a process starts, so they are set for it rather than in it. Waiting OpenMP threads must not spin, or
+#: two workers on the same cores stall each other; the allocator must keep large buffers, or each gRPC message
+#: of a MiB pays for fresh pages.
+PROCESS_ENV = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
+    "MALLOC_TOP_PAD_": str(1 << 26),
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@dataclass(frozen=True)
+class Seat:
+    """One actor to be: its role, its number among its role, its share of the machine."""
+
+    role: str
+    index: int
+    serve_path: str
+    #: The configuration with this actor's own port and thread count.
+    config: Config
+    num_cpus: float
+    num_gpus: float
+    #: Cores to be pinned to; empty for no pinning.
+    cores: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.role} {self.index}"
+
+
+def plan(config: Config, cores: Sequence[int] = (), serve_paths: Mapping[str, str] = SERVE_PATHS) -> list[Seat]:
+    """The actors for a configuration, workers first, gateways last.
+
+    `cores` are those that a local Ray may use: with enough of them each CPU worker gets its own. On a Ray that
+    others use too (no cores given) nothing is pinned, and a worker computes with as many threads as it claims CPUs.
+    A fixed port belongs to a role's first actor; the next ones count up from it.
+    """
+    shares = _share_cores(config, cores)
+    seats = []
+    for role in (*WORKER_ROLES, "gateway"):
+        part = getattr(config, role)
+        base_port = part.grpc_port if role == "gateway" else part.port
+        for index in range(part.replicas):
+            pinned = shares.get((role, index), ())
+            threads = config.engine.threads or len(pinned or cores) or max(1, math.floor(part.num_cpus))
+            port = base_port + index if base_port else 0
+            own = config.override(**{PORT_FIELDS[role]: port, "engine.threads": threads})
+            gpus = 0.0 if role == "gateway" else part.num_gpus
+            seats.append(Seat(role, index, serve_paths[role], own, part.num_cpus, gpus, pinned))
+    return seats
+
+
+def needed_cpus(seats: Sequence[Seat]) -> float:
+    return sum(seat.num_cpus for seat in seats)
+
+
+def needed_gpus(seats: Sequence[Seat]) -> float:
+    return sum(seat.num_gpus for seat in seats)
+
+
+def create_actor(seat: Seat, env: Mapping[str, str]) -> Any:
+    """Creates the seat's actor, idle, and returns its handle. `env` is laid over the usual variables."""
+    env_vars = {**PROCESS_ENV, "OMP_NUM_THREADS": str(seat.config.engine.threads), **env}
+    actor = ray.remote(RoleActor).options(
+        num_cpus=seat.num_cpus,
+        num_gpus=seat.num_gpus,
+        # A killed process comes back as often as it takes; the supervisor slows down one that keeps failing.
+        max_restarts=-1,
+        max_task_retries=0,
+        runtime_env={"env_vars": env_vars},
+    )
+    return actor.remote(seat.serve_path)
+
+
+def _share_cores(config: Config, cores: Sequence[int]) -> dict[tuple[str, int], tuple[int, ...]]:
+    """Divides the cores among the CPU workers by their `num_cpus`; empty when there are too few to divide.
+
+    Gateways are not pinned: they wait for the network most of the time.
+    """
+    workers = [
+        (role, index)
+        for role in WORKER_ROLES
+        if getattr(config, role).num_gpus == 0
+        for index in range(getattr(config, role).replicas)
+    ]
+    if len(cores) < max(MIN_CORES_TO_PIN, len(workers)) or not workers:
+        return {}
+    weights = [max(getattr(config, role).num_cpus, 1.0) for role, _ in workers]
+    shares, taken, weight = {}, 0, 0.0
+    for number, worker in enumerate(workers, start=1):
+        weight += weights[number - 1]
+        end = round(len(cores) * weight / sum(weights))
+        # At least one core each, and one left for each that follows.
+        end = min(max(end, taken + 1), len(cores) - (len(workers) - number))
+        shares[worker] = tuple(cores[taken:end])
+        taken = end
+    return shares

@@ -1,0 +1,146 @@
+"""Runs a role's `serve` coroutine in a thread with its own event loop, so that whoever owns it can ask how it goes.
+
+Imports neither ray nor torch: the role's module is imported inside the thread, after its cores are set.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import importlib
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
+from typing import Any
+
+from branchline.config import Config
+
+
+class State(enum.StrEnum):
+    """Where a role stands. A process that Ray has just (re)started is idle until it is told to serve."""
+
+    IDLE = "idle"
+    LOADING = "loading"
+    READY = "ready"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True)
+class Status:
+    """An answer to "how is it going"."""
+
+    state: State
+    #: HOST:PORT once ready, else empty.
+    address: str = ""
+    #: What went wrong, one line, when failed.
+    error: str = ""
+    #: The user can mend it (configuration, model, port): the launcher exits with 2 rather than 1.
+    user_error: bool = False
+    #: Progress lines from the asked number on, and the number to ask for next.
+    lines: tuple[str, ...] = ()
+    next_line: int = 0
+
+
+class RoleThread:
+    """One role's `serve`, running in a thread.
+
+    `serve_path` is "module:function". Calls are safe from any thread; none of them blocks but `stop`.
+    """
+
+    def __init__(self, serve_path: str) -> None:
+        module, _, function = serve_path.partition(":")
+        assert module, f"not module:function: {serve_path!r}"
+        assert function, f"not module:function: {serve_path!r}"
+        self._module = module
+        self._function = function
+        self._lock = threading.Lock()
+        self._running: Future[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: asyncio.Event | None = None
+        self._stopping = False
+        self._address = ""
+        self._lines: list[str] = []
+
+    def start(self, config: Config, cores: Sequence[int] = ()) -> None:
+        """Begins to serve, on the given cores if any; does nothing when it has begun already."""
+        with self._lock:
+            if self._running is not None:
+                return
+            # A future rather than a bare thread: it carries whatever ends `serve` to `status`.
+            executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=self._module)
+            self._running = executor.submit(self._run, config, tuple(cores))
+            executor.shutdown(wait=False)
+
+    def status(self, since: int = 0) -> Status:
+        with self._lock:
+            running, address, lines, total = self._running, self._address, self._lines[since:], len(self._lines)
+        state, error = State.IDLE, None
+        if running is not None and running.done():
+            error = running.exception()
+            state = State.STOPPED if error is None else State.FAILED
+        elif running is not None:
+            state = State.READY if address else State.LOADING
+        return Status(
+            state=state,
+            address=address if state is State.READY else "",
+            error=_one_line(error) if error else "",
+            user_error=error is not None and is_user_error(error),
+            lines=tuple(lines),
+            next_line=total,
+        )
+
+    def stop(self, grace_s: float) -> bool:
+        """Asks `serve` to return and waits up to `grace_s` seconds; True when it has."""
+        with self._lock:
+            self._stopping = True
+            loop, stop, running = self._loop, self._stop, self._running
+        if running is None:
+            return True
+        if loop is not None and stop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has closed meanwhile
+                loop.call_soon_threadsafe(stop.set)
+        with contextlib.suppress(FutureTimeoutError):
+            running.exception(timeout=grace_s)
+        return running.done()
+
+    def _run(self, config: Config, cores: tuple[int, ...]) -> None:
+        if cores:
+            # For this thread and all that it starts: the compute threads, not those of Ray.
+            os.sched_setaffinity(0, cores)
+        serve = getattr(importlib.import_module(self._module), self._function)
+        asyncio.run(self._main(serve, config))
+
+    async def _main(self, serve: Callable[..., Any], config: Config) -> None:
+        stop = asyncio.Event()
+        with self._lock:
+            self._loop, self._stop = asyncio.get_running_loop(), stop
+            if self._stopping:
+                return
+        await serve(config, ready=self._ready, stop=stop, progress=self._progress)
+
+    def _ready(self, address: str) -> None:
+        with self._lock:
+            self._address = address
+
+    def _progress(self, line: str) -> None:
+        with self._lock:
+            self._lines.append(line)
+
+
+#: Errors whose message tells the user what to change, by class name: their modules need not be importable here.
+USER_ERRORS = frozenset({"ConfigError", "ModelError", "PortInUseError", "InvalidRequestError"})
+
+
+def is_user_error(error: BaseException) -> bool:
+    """Whether the configuration, the model or the port is at fault, rather than the program."""
+    return any(cls.__name__ in USER_ERRORS for cls in type(error).__mro__)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if text and is_user_error(error) else f"{type(error).__name__}: {text}"

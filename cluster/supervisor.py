@@ -1,0 +1,248 @@
+"""Starts the actors of a system, watches them, and ends them.
+
+One thread, one loop: each round asks every actor for its status and does what the answers call for. An actor
+that Ray has restarted answers that it is idle, and is told to serve again; when its address has changed, the
+gateways hear of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RuntimeEnvSetupError
+
+from branchline.config import Config
+from cluster.actors import ActorInfo
+from cluster.placement import Seat, create_actor, needed_cpus, needed_gpus
+from cluster.shell import State, Status
+
+#: Seconds that a round waits for answers; an actor may answer in a later round.
+ROUND_S = 0.25
+#: Processes of one actor that may die before it has ever been ready.
+MAX_DEATHS_AT_START = 2
+#: Seconds before a failed actor is started again: doubled each time, up to the second figure.
+RESTART_DELAYS_S = (1.0, 30.0)
+#: Seconds without progress after which the wait for a place in the cluster is reported.
+PLACE_NOTICE_S = 5.0
+
+Report = Callable[[str], None]
+Stopping = Callable[[], bool]
+
+
+class StartError(RuntimeError):
+    """The system could not be started. `user_error`: a wrong configuration, model or port."""
+
+    def __init__(self, message: str, *, user_error: bool = False) -> None:
+        super().__init__(message)
+        self.user_error = user_error
+
+
+class StartInterruptedError(RuntimeError):
+    """The start was given up because somebody asked to stop."""
+
+
+@dataclass
+class Member:
+    """One actor as the supervisor sees it."""
+
+    seat: Seat
+    actor: Any
+    #: What it is to serve; None as long as it has to wait for others.
+    wanted: Config | None
+    state: State | None = None
+    address: str = ""
+    info: ActorInfo | None = None
+    #: The request for a status that is under way.
+    pending: Any = None
+    next_line: int = 0
+    deaths: int = 0
+    failures: int = 0
+    not_before: float = 0.0
+
+    @property
+    def ready(self) -> bool:
+        return self.state is State.READY
+
+
+@dataclass
+class Supervisor:
+    """Owns the actors of one system. Use from one thread; `close` is safe at any point."""
+
+    seats: Sequence[Seat]
+    env: Mapping[str, str]
+    report: Report
+    members: list[Member] = field(default_factory=list)
+    _announced: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+
+    def start(self, timeout_s: float, stopping: Stopping = lambda: False) -> list[str]:
+        """Starts all actors, gateways last, and returns the gateways' addresses. Raises StartError."""
+        deadline = time.monotonic() + timeout_s
+        for seat in self.seats:
+            wanted = None if seat.role == "gateway" else seat.config
+            self.members.append(Member(seat, create_actor(seat, self.env), wanted))
+        self._await_ready(self._of("prefill") + self._of("decode"), deadline, stopping)
+        self._announced = self._worker_addresses()
+        for gateway in self._of("gateway"):
+            gateway.wanted = self._gateway_config(gateway)
+        self._await_ready(self._of("gateway"), deadline, stopping)
+        return [gateway.address for gateway in self._of("gateway")]
+
+    def watch(self, stopping: Stopping) -> None:
+        """Keeps the system going until told to stop."""
+        while not stopping():
+            self.round()
+
+    def round(self) -> None:
+        """One look at every actor; restarts what has failed and tells gateways about new addresses."""
+        self._poll()
+        for member in self.members:
+            if member.state is State.FAILED:
+                self._restart_process(member)
+        self._announce()
+
+    def close(self, grace_s: float) -> None:
+        """Ends all actors, gateways first: politely within `grace_s` seconds in all, then by force."""
+        deadline = time.monotonic() + grace_s
+        for roles in (("gateway",), ("prefill", "decode")):
+            members = [member for role in roles for member in self._of(role) if member.state is not None]
+            left = max(0.1, deadline - time.monotonic())
+            stops = [member.actor.stop.remote(left) for member in members]
+            if stops:
+                ray.wait(stops, num_returns=len(stops), timeout=left)
+        for member in self.members:
+            ray.kill(member.actor, no_restart=True)
+        self.members.clear()
+
+    def _await_ready(self, members: Sequence[Member], deadline: float, stopping: Stopping) -> None:
+        notice_at = time.monotonic() + PLACE_NOTICE_S
+        while not all(member.ready for member in members):
+            if stopping():
+                raise StartInterruptedError
+            self._poll()
+            for member in self.members:
+                self._check_start(member)
+            unplaced = [member for member in members if member.state is None]
+            if unplaced and time.monotonic() > notice_at:
+                self.report(_place_notice(self.seats, unplaced))
+                notice_at = deadline
+            if time.monotonic() > deadline:
+                late = ", ".join(f"{m.seat.name} ({m.state or 'no place yet'})" for m in members if not m.ready)
+                hint = f"; {_place_notice(self.seats, unplaced)}" if unplaced else ""
+                raise StartError(f"not ready in time (ray.start_timeout_s): {late}{hint}")
+
+    def _check_start(self, member: Member) -> None:
+        if member.state is State.STOPPED:
+            raise StartError(f"{member.seat.name} ended while starting")
+        if member.deaths >= MAX_DEATHS_AT_START:
+            raise StartError(f"{member.seat.name}: its process died {member.deaths} times while starting")
+
+    def _poll(self) -> None:
+        """Gathers the answers that come within a round, and starts what is idle and wanted."""
+        began = time.monotonic()
+        for member in self.members:
+            if member.pending is None:
+                member.pending = member.actor.status.remote(member.next_line)
+        ray.wait([member.pending for member in self.members], num_returns=len(self.members), timeout=ROUND_S)
+        for member in self.members:
+            self._take_answer(member)
+        time.sleep(max(0.0, ROUND_S - (time.monotonic() - began)))
+
+    def _take_answer(self, member: Member) -> None:
+        try:
+            status: Status = ray.get(member.pending, timeout=0)
+        except GetTimeoutError:
+            return
+        except RuntimeEnvSetupError as error:
+            raise StartError(f"{member.seat.name}: Ray could not set up its environment: {error}") from error
+        except RayActorError:
+            member.pending = None
+            self._lost(member)
+            return
+        member.pending = None
+        for line in status.lines:
+            self.report(f"{member.seat.name}: {line}")
+        member.next_line = status.next_line
+        if status.state is State.IDLE and member.state not in (None, State.IDLE):
+            self._lost(member)
+        before, member.state = member.state, status.state
+        if status.state is State.READY and before is not State.READY:
+            member.address, member.failures = status.address, 0
+            self.report(f"{member.seat.name}: ready at {status.address}")
+        elif status.state is State.FAILED and before is not State.FAILED:
+            self._failed(member, status)
+        elif status.state is State.IDLE and member.wanted is not None and time.monotonic() >= member.not_before:
+            self._serve(member, member.wanted)
+
+    def _serve(self, member: Member, config: Config) -> None:
+        self.report(f"{member.seat.name}: starting")
+        member.actor.start.remote(config, member.seat.cores)
+        member.state = State.LOADING
+
+    def _lost(self, member: Member) -> None:
+        """Its process has died; Ray is bringing up a new one, which will be idle."""
+        if member.state not in (None, State.IDLE):
+            self.report(f"{member.seat.name}: its process died; Ray starts it again")
+            member.deaths += 1
+            self._delay(member)
+        member.state, member.info, member.next_line = State.IDLE, None, 0
+
+    def _failed(self, member: Member, status: Status) -> None:
+        if not member.address:
+            raise StartError(f"{member.seat.name}: {status.error}", user_error=status.user_error)
+        self.report(f"{member.seat.name}: failed: {status.error}")
+
+    def _restart_process(self, member: Member) -> None:
+        """A failed role gets a new process: its old one may hold memory, threads and sockets."""
+        ray.kill(member.actor, no_restart=False)
+        member.state, member.pending, member.info, member.next_line = State.IDLE, None, None, 0
+        self._delay(member)
+
+    def _delay(self, member: Member) -> None:
+        first, longest = RESTART_DELAYS_S
+        delay = 0.0 if member.failures == 0 else min(longest, first * 2 ** (member.failures - 1))
+        member.failures += 1
+        member.not_before = time.monotonic() + delay
+
+    def _announce(self) -> None:
+        """Tells the gateways where the workers are, when that has changed."""
+        addresses = self._worker_addresses()
+        if addresses == self._announced:
+            return
+        self._announced = addresses
+        for gateway in self._of("gateway"):
+            gateway.wanted = self._gateway_config(gateway)
+            if gateway.ready:
+                gateway.actor.update_workers.remote(*addresses)
+
+    def _gateway_config(self, gateway: Member) -> Config:
+        """The gateway's configuration with the workers' addresses; a restarted one keeps its own port."""
+        prefill, decode = self._worker_addresses()
+        port = int(gateway.address.rpartition(":")[2]) if gateway.address else None
+        return gateway.seat.config.override(
+            **{
+                "gateway.prefill_workers": list(prefill),
+                "gateway.decode_workers": list(decode),
+                "gateway.grpc_port": port,
+            }
+        )
+
+    def _worker_addresses(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        prefill, decode = (tuple(m.address for m in self._of(role) if m.address) for role in ("prefill", "decode"))
+        return prefill, decode
+
+    def _of(self, role: str) -> list[Member]:
+        return [member for member in self.members if member.seat.role == role]
+
+
+def _place_notice(seats: Sequence[Seat], unplaced: Sequence[Member]) -> str:
+    free, total = ray.available_resources(), ray.cluster_resources()
+    have = ", ".join(f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind}s" for kind in ("CPU", "GPU"))
+    names = ", ".join(member.seat.name for member in unplaced)
+    return (
+        f"waiting for a place for {names}: the system claims {needed_cpus(seats):g} CPUs and "
+        f"{needed_gpus(seats):g} GPUs, free are {have} (lower num_cpus or num_gpus, or add nodes)"
+    )

@@ -1,0 +1,66 @@
+"""Roles for tests of placement and supervision: real gRPC servers without a model."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from branchline.config import Config, ConfigError
+
+
+async def worker(
+    config: Config, *, ready: Callable[[str], None], stop: asyncio.Event, progress: Callable[[str], None] = print
+) -> None:
+    """Serves only the health service."""
+    progress(f"loading with {os.environ['OMP_NUM_THREADS']} threads, {os.environ['OMP_WAIT_POLICY']}")
+    await _serve_health("127.0.0.1", 0, ready, stop)
+
+
+async def gateway(
+    config: Config, *, ready: Callable[[str], None], stop: asyncio.Event, progress: Callable[[str], None] = print
+) -> None:
+    """Serves only the health service, on its own port, and says what workers it was given."""
+    progress(f"workers {' '.join(config.gateway.prefill_workers)} | {' '.join(config.gateway.decode_workers)}")
+    await _serve_health(config.gateway.host, config.gateway.grpc_port, ready, stop)
+
+
+async def misconfigured(
+    config: Config, *, ready: Callable[[str], None], stop: asyncio.Event, progress: Callable[[str], None] = print
+) -> None:
+    raise ConfigError("model.model: /nowhere has no weights")
+
+
+async def broken(
+    config: Config, *, ready: Callable[[str], None], stop: asyncio.Event, progress: Callable[[str], None] = print
+) -> None:
+    raise ZeroDivisionError("an accident")
+
+
+async def suicidal(
+    config: Config, *, ready: Callable[[str], None], stop: asyncio.Event, progress: Callable[[str], None] = print
+) -> None:
+    os.abort()
+
+
+async def stubborn(
+    config: Config, *, ready: Callable[[str], None], stop: asyncio.Event, progress: Callable[[str], None] = print
+) -> None:
+    """Gets ready and doesn't heed `stop`."""
+    ready("127.0.0.1:1")
+    await asyncio.sleep(600)
+
+
+async def _serve_health(host: str, port: int, ready: Callable[[str], None], stop: asyncio.Event) -> None:
+    server = grpc.aio.server()
+    servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    bound = server.add_insecure_port(f"{host}:{port}")
+    await servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+    await server.start()
+    ready(f"{host}:{bound}")
+    await stop.wait()
+    await server.stop(0.5)
