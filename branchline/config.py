@@ -111,6 +111,8 @@ class GatewayConfig:
     request_timeout_s: float = 600.0
     #: Seconds without a token after which a worker counts as hung and the request moves on.
     stall_timeout_s: float = 30.0
+    #: Seconds that a request waits for a worker to come back when there is none of a role.
+    worker_wait_s: float = 60.0
     #: Times that a request is started in all, the first included.
     max_attempts: int = 4
     #: Requests in the house at once; more are refused.
@@ -122,7 +124,7 @@ class GatewayConfig:
         _require(0 <= self.grpc_port <= 65535, f"gateway.grpc_port: must be between 0 and 65535, got {self.grpc_port}")
         for name in ("replicas", "max_attempts", "max_requests", "max_tokens_limit"):
             _require(getattr(self, name) >= 1, f"gateway.{name}: must be at least 1, got {getattr(self, name)}")
-        for name in ("request_timeout_s", "stall_timeout_s"):
+        for name in ("request_timeout_s", "stall_timeout_s", "worker_wait_s"):
             _require(getattr(self, name) > 0, f"gateway.{name}: must be positive, got {getattr(self, name)}")
 
 

@@ -1,0 +1,71 @@
+"""What the gateway remembers of a request, enough to go on with it on other workers at the next token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from branchline.core import FinishReason, Request, SamplingParams, SpeculationStats
+
+
+@dataclass(slots=True)
+class AttemptRecord:
+    """One start of a request on a pair of workers. `failure` says why it ended early, None while it runs or is done."""
+
+    prefill: str
+    decode: str
+    failure: str | None = None
+
+
+@dataclass(slots=True)
+class JournalEntry:
+    """One request with all defaults resolved, and how far it has come.
+
+    `sampling.seed` is fixed here, once: every attempt draws the same noise. `speculation` sums over attempts that
+    came to report their statistics; a worker that died took its own along.
+    """
+
+    request_id: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    sampling: SamplingParams
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    emitted: list[int] = field(default_factory=list)
+    attempts: list[AttemptRecord] = field(default_factory=list)
+    speculation: SpeculationStats = field(default_factory=SpeculationStats)
+
+    def __post_init__(self) -> None:
+        self.next_request()  # holds the invariants of a request
+
+    def next_request(self) -> Request:
+        """What the next attempt is to compute: prompt and emitted tokens apart, since penalties need the border."""
+        return Request(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            max_tokens=self.max_tokens,
+            sampling=self.sampling,
+            emitted=tuple(self.emitted),
+            stop_token_ids=self.stop_token_ids,
+        )
+
+    def record(self, token_ids: Sequence[int]) -> None:
+        assert len(self.emitted) + len(token_ids) <= self.max_tokens
+        self.emitted.extend(token_ids)
+
+    @property
+    def ended(self) -> FinishReason | None:
+        """Set when the last emitted token ends the request, though the worker died before it could say so."""
+        if self.emitted and self.emitted[-1] in self.stop_token_ids:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(self.emitted) >= self.max_tokens else None
+
+    @property
+    def failovers(self) -> int:
+        return max(0, len(self.attempts) - 1)
+
+    @property
+    def failures(self) -> str:
+        """Why each attempt ended, in one line."""
+        failed = [(number, a) for number, a in enumerate(self.attempts, 1) if a.failure is not None]
+        return "; ".join(f"attempt {number} ({a.prefill} -> {a.decode}): {a.failure}" for number, a in failed)

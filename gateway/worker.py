@@ -1,0 +1,134 @@
+"""One worker as the gateway sees it: a channel, the last known status, and how much is asked of it."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from branchline.core import Fingerprint
+from branchline.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
+from branchline.wire import convert
+from branchline.wire.channels import open_channel
+from branchline.wire.status import RpcFailure
+
+
+class Role(enum.StrEnum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """What a worker said of itself. `requests` are those queued or running there, of all gateways."""
+
+    incarnation: str
+    fingerprint: Fingerprint
+    model: str
+    max_model_len: int
+    blocks_total: int
+    blocks_used: int
+    requests: int
+    tasks: int
+    tree: str
+
+
+class Worker:
+    """`status` is the last answer to GetStatus; the worker is `healthy` while the last one was good.
+
+    `in_flight` counts this gateway's own requests on it. Calls that fail raise RpcFailure with the worker's status,
+    or CANCELLED when the worker was dropped from the pool meanwhile; cancelling the caller cancels the call.
+    """
+
+    def __init__(self, role: Role, address: str) -> None:
+        self.role = role
+        self.address = address
+        self.status: WorkerStatus | None = None
+        self.healthy = False
+        self.in_flight = 0
+        self._others = 0
+        self._avoid_until = 0.0
+        self._channel = open_channel(address)
+        stub = prefill_pb2_grpc.PrefillServiceStub if role is Role.PREFILL else decode_pb2_grpc.DecodeServiceStub
+        self._stub: Any = stub(self._channel)  # generated stubs carry no types
+
+    def __repr__(self) -> str:
+        return f"{self.role} worker {self.address}"
+
+    async def close(self) -> None:
+        """Ends the calls that use the channel with CANCELLED."""
+        await self._channel.close()
+
+    async def call(self, method: str, request: Any, timeout_s: float) -> Any:
+        """One request, one response."""
+        try:
+            return await getattr(self._stub, method)(request, timeout=timeout_s)
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.CancelledError) as error:
+            raise _failure(error) from error
+
+    async def stream(self, method: str, request: Any, timeout_s: float) -> AsyncGenerator[Any]:
+        """One request, many responses. Close the generator (`contextlib.aclosing`): that cancels the call."""
+        call = None
+        try:
+            call = getattr(self._stub, method)(request, timeout=timeout_s)
+            async for response in call:
+                yield response
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.CancelledError) as error:
+            raise _failure(error) from error
+        finally:
+            if call is not None:
+                call.cancel()
+
+    async def fetch_status(self, timeout_s: float) -> WorkerStatus:
+        """Asks the worker now. Raises RpcFailure, or InvalidRequestError for an answer without sense."""
+        if self.role is Role.PREFILL:
+            request: Any = prefill_pb2.PrefillServiceGetStatusRequest()
+        else:
+            request = decode_pb2.DecodeServiceGetStatusRequest()
+        answer = await self.call("GetStatus", request, timeout_s)
+        return WorkerStatus(
+            incarnation=answer.incarnation,
+            fingerprint=convert.fingerprint_from_proto(answer.fingerprint),
+            model=answer.model,
+            max_model_len=answer.max_model_len,
+            blocks_total=answer.blocks_total,
+            blocks_used=answer.blocks_used,
+            requests=answer.queued if self.role is Role.PREFILL else answer.leases,
+            tasks=answer.tasks,
+            tree="" if self.role is Role.PREFILL else answer.tree,
+        )
+
+    def update(self, status: WorkerStatus) -> None:
+        self.status = status
+        self.healthy = True
+        self._others = max(0, status.requests - self.in_flight)
+
+    def avoid(self, seconds: float) -> None:
+        """Prefer others for a while."""
+        self._avoid_until = time.monotonic() + seconds
+
+    @property
+    def cost(self) -> tuple[bool, int]:
+        """Workers with the least are asked first: those that did not fail lately, then those with the least load.
+
+        The load is exact for this gateway's own requests and up to a poll old for those of others.
+        """
+        return time.monotonic() < self._avoid_until, self.in_flight + self._others
+
+
+def _failure(error: BaseException) -> RpcFailure:
+    """What a failed call means. Raises `error` itself when it is the cancellation of the task that calls."""
+    match error:
+        case grpc.aio.AioRpcError():
+            return RpcFailure(error.code(), error.details() or "(no details)")
+        case asyncio.CancelledError():
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise error
+    # The call was cancelled, not the task, or it was begun on a closed channel.
+    return RpcFailure(grpc.StatusCode.CANCELLED, "the connection was closed")
