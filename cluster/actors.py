@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import ray
 
@@ -13,6 +14,12 @@ from branchline.config import Config
 from cluster.shell import RoleThread, State, Status
 
 WILDCARD_HOSTS = ("0.0.0.0", "[::]", "::")
+
+
+class WorkerPool(Protocol):
+    """The part of a gateway's pool that is used here."""
+
+    def update(self, prefill: Sequence[str], decode: Sequence[str]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -33,12 +40,19 @@ class RoleActor:
     new one is idle and calls `start` again, with the configuration of that moment.
     """
 
-    def __init__(self, serve_path: str) -> None:
+    def __init__(self, serve_path: str, *, routes: bool = False) -> None:
+        """`routes`: the role sends requests to workers, and can be told their addresses (a gateway)."""
         logging.basicConfig(level=logging.WARNING)
         self._role = RoleThread(serve_path)
+        self._routes = routes
+        self._pool: WorkerPool | None = None
 
     def start(self, config: Config, cores: Sequence[int]) -> None:
-        self._role.start(config, cores)
+        """Begins to serve, unless it does already."""
+        if self._routes:
+            self._role.start(config, cores, on_pool=self._take_pool)
+        else:
+            self._role.start(config, cores)
 
     def status(self, since: int) -> Status:
         """State, address and the progress lines from number `since` on."""
@@ -57,10 +71,15 @@ class RoleActor:
 
     def update_workers(self, prefill: Sequence[str], decode: Sequence[str]) -> None:
         """Tells a gateway where the workers are now."""
+        if self._pool is not None:
+            self._pool.update(prefill, decode)
 
     def stop(self, grace_s: float) -> bool:
         """Ends `serve`; True when it ended within `grace_s` seconds."""
         return self._role.stop(grace_s)
+
+    def _take_pool(self, pool: WorkerPool) -> None:
+        self._pool = pool
 
 
 def reachable(address: str, node_ip: str) -> str:

@@ -97,7 +97,7 @@ def create_actor(seat: Seat, env: Mapping[str, str]) -> Any:
         max_task_retries=0,
         runtime_env={"env_vars": env_vars},
     )
-    return actor.remote(seat.serve_path)
+    return actor.remote(seat.serve_path, routes=seat.role == "gateway")
 
 
 def _share_cores(config: Config, cores: Sequence[int]) -> dict[tuple[str, int], tuple[int, ...]]:

@@ -19,6 +19,8 @@ from typing import Any
 
 from branchline.config import Config
 
+Hooks = dict[str, Callable[..., None]]
+
 
 class State(enum.StrEnum):
     """Where a role stands. A process that Ray has just (re)started is idle until it is told to serve."""
@@ -66,14 +68,17 @@ class RoleThread:
         self._address = ""
         self._lines: list[str] = []
 
-    def start(self, config: Config, cores: Sequence[int] = ()) -> None:
-        """Begins to serve, on the given cores if any; does nothing when it has begun already."""
+    def start(self, config: Config, cores: Sequence[int] = (), **hooks: Callable[..., None]) -> None:
+        """Begins to serve, on the given cores if any; does nothing when it has begun already.
+
+        `hooks` are further arguments of this role's `serve`.
+        """
         with self._lock:
             if self._running is not None:
                 return
             # A future rather than a bare thread: it carries whatever ends `serve` to `status`.
             executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=self._module)
-            self._running = executor.submit(self._run, config, tuple(cores))
+            self._running = executor.submit(self._run, config, tuple(cores), hooks)
             executor.shutdown(wait=False)
 
     def status(self, since: int = 0) -> Status:
@@ -108,20 +113,20 @@ class RoleThread:
             running.exception(timeout=grace_s)
         return running.done()
 
-    def _run(self, config: Config, cores: tuple[int, ...]) -> None:
+    def _run(self, config: Config, cores: tuple[int, ...], hooks: Hooks) -> None:
         if cores:
             # For this thread and all that it starts: the compute threads, not those of Ray.
             os.sched_setaffinity(0, cores)
         serve = getattr(importlib.import_module(self._module), self._function)
-        asyncio.run(self._main(serve, config))
+        asyncio.run(self._main(serve, config, hooks))
 
-    async def _main(self, serve: Callable[..., Any], config: Config) -> None:
+    async def _main(self, serve: Callable[..., Any], config: Config, hooks: Hooks) -> None:
         stop = asyncio.Event()
         with self._lock:
             self._loop, self._stop = asyncio.get_running_loop(), stop
             if self._stopping:
                 return
-        await serve(config, ready=self._ready, stop=stop, progress=self._progress)
+        await serve(config, ready=self._ready, stop=stop, progress=self._progress, **hooks)
 
     def _ready(self, address: str) -> None:
         with self._lock:
@@ -133,7 +138,7 @@ class RoleThread:
 
 
 #: Errors whose message tells the user what to change, by class name: their modules need not be importable here.
-USER_ERRORS = frozenset({"ConfigError", "ModelError", "PortInUseError", "InvalidRequestError"})
+USER_ERRORS = frozenset({"ConfigError", "ModelError", "BindError", "InvalidRequestError"})
 
 
 def is_user_error(error: BaseException) -> bool:

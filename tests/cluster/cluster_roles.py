@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -13,7 +14,7 @@ from branchline.config import Config, ConfigError
 
 
 async def worker(
-    config: Config, *, ready: Callable[[str], None], stop: asyncio.Event, progress: Callable[[str], None] = print
+    _config: Config, *, ready: Callable[[str], None], stop: asyncio.Event, progress: Callable[[str], None]
 ) -> None:
     """Serves only the health service."""
     progress(f"loading with {os.environ['OMP_NUM_THREADS']} threads, {os.environ['OMP_WAIT_POLICY']}")
@@ -21,34 +22,43 @@ async def worker(
 
 
 async def gateway(
-    config: Config, *, ready: Callable[[str], None], stop: asyncio.Event, progress: Callable[[str], None] = print
+    config: Config,
+    *,
+    ready: Callable[[str], None],
+    stop: asyncio.Event,
+    progress: Callable[[str], None],
+    on_pool: Callable[[Pool], None],
 ) -> None:
-    """Serves only the health service, on its own port, and says what workers it was given."""
-    progress(f"workers {' '.join(config.gateway.prefill_workers)} | {' '.join(config.gateway.decode_workers)}")
+    """Serves only the health service, on its own port, and says what workers it is given."""
+    pool = Pool(progress)
+    pool.update(config.gateway.prefill_workers, config.gateway.decode_workers)
+    on_pool(pool)
     await _serve_health(config.gateway.host, config.gateway.grpc_port, ready, stop)
 
 
-async def misconfigured(
-    config: Config, *, ready: Callable[[str], None], stop: asyncio.Event, progress: Callable[[str], None] = print
-) -> None:
+class Pool:
+    """Where a gateway's worker addresses go."""
+
+    def __init__(self, progress: Callable[[str], None]) -> None:
+        self._progress = progress
+
+    def update(self, prefill: Sequence[str], decode: Sequence[str]) -> None:
+        self._progress(f"workers {' '.join(prefill)} | {' '.join(decode)}")
+
+
+async def misconfigured(_config: Config, **_arguments: Any) -> None:
     raise ConfigError("model.model: /nowhere has no weights")
 
 
-async def broken(
-    config: Config, *, ready: Callable[[str], None], stop: asyncio.Event, progress: Callable[[str], None] = print
-) -> None:
+async def broken(_config: Config, **_arguments: Any) -> None:
     raise ZeroDivisionError("an accident")
 
 
-async def suicidal(
-    config: Config, *, ready: Callable[[str], None], stop: asyncio.Event, progress: Callable[[str], None] = print
-) -> None:
+async def suicidal(_config: Config, **_arguments: Any) -> None:
     os.abort()
 
 
-async def stubborn(
-    config: Config, *, ready: Callable[[str], None], stop: asyncio.Event, progress: Callable[[str], None] = print
-) -> None:
+async def stubborn(_config: Config, *, ready: Callable[[str], None], **_arguments: Any) -> None:
     """Gets ready and doesn't heed `stop`."""
     ready("127.0.0.1:1")
     await asyncio.sleep(600)

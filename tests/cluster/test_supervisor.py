@@ -70,13 +70,16 @@ def test_starts_tells_progress_restarts_and_ends(env: dict[str, str], lines: lis
         wait_until(lambda: supervisor.round() or (member.ready and member.address != decode), 30, "a new decode worker")
         assert listens(member.address)
         assert not listens(decode)
+        told = f"gateway 0: workers {prefill} | {member.address}"
+        wait_until(lambda: supervisor.round() or told in lines, 10, "the gateway hears of it")
+        lines.clear()
 
         killed = supervisor.members[2]
         os.kill(ray.get(killed.actor.info.remote(), timeout=10).pid, signal.SIGKILL)
         wait_until(lambda: supervisor.round() or killed.deaths == 1, 30, "the gateway's death is seen")
         wait_until(lambda: supervisor.round() or killed.ready, 30, "the gateway is back")
         assert killed.address == gateway, "clients know a gateway by its address"
-        assert f"gateway 0: workers {prefill} | {member.address}" in lines
+        assert told in lines
         addresses = [gateway, prefill, member.address]
     finally:
         supervisor.close(5)

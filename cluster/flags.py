@@ -1,0 +1,54 @@
+"""The flags of `branchline serve` and `cluster.launch`, and the configuration they make."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+
+from branchline.config import DTYPES, PROVIDERS, Config, load
+
+#: A flag's name in the parsed arguments -> the field of the configuration that it sets.
+_FIELDS = {
+    "model": "model.model",
+    "draft": "model.draft",
+    "dtype": "model.dtype",
+    "tree": "model.tree",
+    "provider": "model.provider",
+    "prefill": "prefill.replicas",
+    "decode": "decode.replicas",
+    "gateways": "gateway.replicas",
+    "host": "gateway.host",
+    "grpc_port": "gateway.grpc_port",
+    "ray_address": "ray.address",
+}
+
+
+def add_serve_flags(parser: argparse.ArgumentParser) -> None:
+    """Every flag overrides its field of the file given by --config."""
+    add = parser.add_argument
+    add("--config", metavar="FILE", help="a YAML file with any field of branchline/config.py")
+    add("--model", metavar="M", help="a directory, a Hugging Face id, or 'default'")
+    add("--draft", metavar="D", help="an EAGLE-3 head: a directory, a Hugging Face id, 'default' or 'none'")
+    add("--dtype", choices=DTYPES)
+    add("--tree", metavar="T", help="none, chain:K, static:FILE, or choices such as '[[0],[1],[0,0]]'")
+    add("--provider", choices=PROVIDERS)
+    add("--prefill", type=int, metavar="N", help="number of prefill workers")
+    add("--decode", type=int, metavar="N", help="number of decode workers")
+    add("--gateways", type=int, metavar="N", help="number of gateways")
+    add("--host", metavar="H", help="where gateways listen; 0.0.0.0 for all interfaces")
+    add("--grpc-port", type=int, metavar="P", help="the first gateway's port, 0 for a free one; the next count up")
+    add(
+        "--ray-address",
+        metavar="A",
+        help="join a running Ray: 'auto' or HOST:PORT; 'local' starts one (default: $RAY_ADDRESS, or start one)",
+    )
+    add("--verbose", action="store_true", help="also show what the workers log")
+
+
+def config_from(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Config:
+    """Raises ConfigError for a bad file, an unknown field or a wrong value."""
+    config = load(arguments.config) if arguments.config else Config()
+    config = config.override(**{field: getattr(arguments, flag) for flag, field in _FIELDS.items()})
+    if not config.ray.address:
+        config = config.override(**{"ray.address": environ.get("RAY_ADDRESS")})
+    return config

@@ -1,0 +1,113 @@
+"""Runs a system until SIGINT or SIGTERM: `python -m cluster.launch --config FILE [flags]`.
+
+Starts a local Ray or joins a running one; in a Ray job it joins the job's. Standard output carries one line
+`ready grpc=HOST:PORT` when the first request can be answered (and `gateway grpc=HOST:PORT` for each further gateway);
+progress goes to standard error. Exit code 0 after a clean stop, 2 for a mistake in configuration, model or port,
+1 for anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+from branchline.config import Config, ConfigError
+from cluster.flags import add_serve_flags, config_from
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m cluster.launch", description=__doc__.split("\n")[0])
+    add_serve_flags(parser)
+    return serve(parser.parse_args(argv))
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Serves what the parsed flags say; returns the exit code."""
+    try:
+        config = config_from(arguments, os.environ)
+    except ConfigError as error:
+        return _fail(str(error), EXIT_USAGE)
+    return run(config, verbose=arguments.verbose)
+
+
+def run(config: Config, *, verbose: bool = False) -> int:
+    stop = StopSignal()
+    stop.install()
+    progress = Progress()
+    prepare_ray_environment(local=config.ray.address in ("", "local"))
+    # Not before: Ray reads the environment when it is imported, and a mistake in a flag should be told at once.
+    from branchline.engine.models.errors import ModelError
+    from cluster.session import SessionError
+    from cluster.supervisor import StartError, StartInterruptedError
+    from cluster.system import running_system
+
+    try:
+        with running_system(config, os.environ, progress, stop.is_set, verbose=verbose) as system:
+            stop.install()  # ray.init has put its own handler in place
+            first, *others = system.gateways
+            print(f"ready grpc={first}", flush=True)
+            for address in others:
+                print(f"gateway grpc={address}", flush=True)
+            system.watch(stop.is_set)
+    except StartInterruptedError:
+        pass
+    except ModelError as error:
+        return _fail(str(error), EXIT_USAGE)
+    except StartError as error:
+        return _fail(str(error), EXIT_USAGE if error.user_error else EXIT_FAILED)
+    except SessionError as error:
+        return _fail(str(error), EXIT_FAILED)
+    progress("stopped")
+    return EXIT_OK
+
+
+def prepare_ray_environment(*, local: bool) -> None:
+    """What Ray must find in the environment before it is imported."""
+    # Unset, a local Ray turns token authentication on and leaves a token behind that a later cluster trips over.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if local:
+        # Ray's switch for machines without a cluster: all its servers stay on the loopback interface.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+
+class StopSignal:
+    """Remembers that SIGINT or SIGTERM has come."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self.is_set = self._event.is_set
+
+    def install(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        self._event.set()
+
+
+class Progress:
+    """Prints lines with the seconds since the start."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+
+    def __call__(self, line: str) -> None:
+        print(f"[{time.monotonic() - self._began:6.1f} s] {line}", file=sys.stderr, flush=True)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""A whole system on Ray, from nothing to answering requests, and back to nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from branchline.client import Client
+from branchline.config import Config
+from branchline.engine.models.locate import locate_draft, locate_model
+from cluster.placement import Seat, needed_cpus, needed_gpus, plan
+from cluster.session import joined_ray, local_env, local_ray
+from cluster.supervisor import StartError, StartInterruptedError, Supervisor
+
+#: Seconds that running requests have when the system ends. Ray kills a stopped job after 3.
+GRACE_S = 5.0
+JOB_GRACE_S = 2.0
+#: Set by Ray in the process that it starts for a job.
+JOB_MARK = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+#: Variables that workers get as this process has them.
+PASSED_ON = ("HF_HUB_OFFLINE",)
+
+Report = Callable[[str], None]
+Stopping = Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class System:
+    """A system that answers requests."""
+
+    #: The gateways' HOST:PORT.
+    gateways: tuple[str, ...]
+    supervisor: Supervisor
+
+    def watch(self, stopping: Stopping) -> None:
+        """Keeps it going until told to stop."""
+        self.supervisor.watch(stopping)
+
+
+@contextlib.contextmanager
+def running_system(
+    config: Config, environ: Mapping[str, str], report: Report, stopping: Stopping, *, verbose: bool = False
+) -> Iterator[System]:
+    """Starts a system and yields it as soon as the first request can be answered; ends all that it has started.
+
+    Raises ModelError, StartError, SessionError, or StartInterruptedError when told to stop before it was ready.
+    """
+    local = config.ray.address in ("", "local")
+    in_job = JOB_MARK in environ
+    env = {name: environ[name] for name in PASSED_ON if name in environ}
+    with contextlib.ExitStack() as stack:
+        if local:
+            # Here rather than in the workers, which would do it too: a mistake shows before anything is started.
+            locate_model(config.model.model, report)
+            locate_draft(config.model.draft, config.model.model, report)
+            seats = plan(config, sorted(os.sched_getaffinity(0)))
+            env |= local_env(environ)
+            stack.enter_context(local_ray(needed_cpus(seats), needed_gpus(seats), report, verbose=verbose))
+        else:
+            seats = plan(config)
+            stack.enter_context(joined_ray(config.ray.address, report, in_job=in_job, verbose=verbose))
+        yield stack.enter_context(_supervised(config, seats, env, report, stopping, JOB_GRACE_S if in_job else GRACE_S))
+
+
+@contextlib.contextmanager
+def _supervised(
+    config: Config, seats: list[Seat], env: Mapping[str, str], report: Report, stopping: Stopping, grace_s: float
+) -> Iterator[System]:
+    deadline = time.monotonic() + config.ray.start_timeout_s
+    supervisor = Supervisor(seats, env, report)
+    try:
+        gateways = supervisor.start(config.ray.start_timeout_s, stopping)
+        for gateway in gateways:
+            _await_answer(gateway, deadline, supervisor, stopping)
+        yield System(tuple(gateways), supervisor)
+    finally:
+        report("stopping")
+        supervisor.close(grace_s)
+
+
+def _await_answer(gateway: str, deadline: float, supervisor: Supervisor, stopping: Stopping) -> None:
+    """Waits until a gateway says that it can serve: it has found its workers."""
+    with Client(gateway) as client:
+        while not client.health(timeout=1.0):
+            if stopping():
+                raise StartInterruptedError
+            if time.monotonic() > deadline:
+                raise StartError(f"the gateway at {gateway} found no usable workers in time (ray.start_timeout_s)")
+            supervisor.round()
