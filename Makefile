@@ -59,10 +59,10 @@ lint: install  ## ruff, mypy, and the layers
 	$(VENV)/bin/lint-imports
 
 proto: install  ## generate the stubs in branchline/v1 from proto/
-	$(PY) proto/generate.py
+	$(PY) -m tools.generate_stubs
 
 lock: install  ## write requirements/cpu.lock from pyproject.toml and what is installed
-	$(PY) requirements/lock.py > requirements/.cpu.lock
+	$(PY) -m tools.lock > requirements/.cpu.lock
 	mv requirements/.cpu.lock requirements/cpu.lock
 
 clean:  ## remove the environment and every cache in this directory

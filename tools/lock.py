@@ -1,6 +1,6 @@
 """Writes the lock: the closure of pyproject's extras over what is installed here, every version pinned.
 
-    .venv/bin/python requirements/lock.py > requirements/cpu.lock     (or: make lock)
+    .venv/bin/python -m tools.lock > requirements/cpu.lock     (or: make lock)
 
 The versions are those of the environment it runs in, so: change pyproject, install, see that the tests pass, lock.
 Packages that only one kind of machine needs get a marker. Standard library and `packaging` only.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import tomllib
+import typing
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -29,7 +30,7 @@ PYTHONS = ("3.11.0", "3.12.0", "3.13.0")
 MACHINES = ("x86_64", "aarch64")
 
 HEADER = """\
-# The closure of pyproject's extras `cpu` and `dev`, written by requirements/lock.py (`make lock`): don't edit.
+# The closure of pyproject's extras `cpu` and `dev`, written by tools/lock.py (`make lock`): don't edit.
 # Install torch first, then this with --no-deps (requirements/README.md says why).
 """
 
@@ -51,8 +52,8 @@ def direct_requirements(extras: Iterable[str] = EXTRAS) -> dict[str, Requirement
 
 def closure(roots: Iterable[Requirement], python: str, machine: str) -> set[str]:
     """Canonical names of everything that `roots` need on one Python and one kind of machine."""
-    environment = dict(default_environment())
-    environment |= {
+    environment: dict[str, str] = {
+        **typing.cast(dict[str, str], default_environment()),
         "python_full_version": python,
         "python_version": python.rpartition(".")[0],
         "platform_machine": machine,
