@@ -27,15 +27,18 @@ _INFRASTRUCTURE = ("/grpc.health.", "/grpc.reflection.")
 
 
 class CallCounter:
-    """How many handlers are running, and a way to wait until none is."""
+    """How many handlers are running, a way to wait until none is, and a gate that keeps new ones out."""
 
     def __init__(self) -> None:
         self.running = 0
+        self.refusing = False
         self._idle = asyncio.Event()
         self._idle.set()
 
     @contextlib.contextmanager
     def track(self) -> Iterator[None]:
+        if self.refusing:
+            raise RpcFailure(grpc.StatusCode.UNAVAILABLE, "the server is stopping")
         self.running += 1
         self._idle.clear()
         try:
@@ -44,6 +47,10 @@ class CallCounter:
             self.running -= 1
             if self.running == 0:
                 self._idle.set()
+
+    def refuse(self) -> None:
+        """New calls fail with UNAVAILABLE from now on."""
+        self.refusing = True
 
     async def wait_idle(self, timeout_s: float) -> bool:
         """True when no handler runs, False when `timeout_s` passed first."""
@@ -85,15 +92,15 @@ def _wrap(handler: Any, method: str, counter: CallCounter) -> Any:
     behaviour = getattr(handler, kind)
 
     async def unary(request: Any, context: grpc.aio.ServicerContext) -> Any:
-        with counter.track():
-            async with _mapped_errors(method, context):
+        async with _mapped_errors(method, context):
+            with counter.track():
                 return await behaviour(request if handler.request_streaming else parse(request), context)
 
     async def streaming(request: Any, context: grpc.aio.ServicerContext) -> None:
         # gRPC leaves a cancelled generator to the garbage collector. Closed here, its `finally` blocks (leases,
         # streams to other workers) have run when the call has ended.
-        with counter.track():
-            async with _mapped_errors(method, context):
+        async with _mapped_errors(method, context):
+            with counter.track():
                 responses = behaviour(request if handler.request_streaming else parse(request), context)
                 if inspect.isawaitable(responses):  # a coroutine that writes to the context itself
                     await responses

@@ -46,7 +46,8 @@ class RpcServer:
         self._services: list[tuple[str, Any, Callable[[Any, Any], None]]] = []
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
-        self._calls: CallCounter | None = None
+        self._calls = CallCounter()
+        self._stopping = asyncio.Lock()
 
     def add(self, service: str, servicer: object, add_to_server: Callable[[Any, Any], None]) -> None:
         """Adds a servicer under its full protobuf name, with the generated function that registers it."""
@@ -57,13 +58,12 @@ class RpcServer:
     @property
     def running_calls(self) -> int:
         """Handlers that run now; health checks and reflection don't count."""
-        return self._calls.running if self._calls else 0
+        return self._calls.running
 
     async def start(self) -> str:
         """Binds, serves, and returns HOST:PORT with the real port. Raises PortInUseError or BindError."""
-        if self._server is not None:
-            raise RuntimeError("the server has been started already")
-        self._calls = CallCounter()
+        if self._server is not None or self._calls.refusing:
+            raise RuntimeError("a server can be started once")
         server = grpc.aio.server(interceptors=[HandlerInterceptor(self._calls)], options=SERVER_OPTIONS)
         for _, servicer, add_to_server in self._services:
             add_to_server(servicer, server)
@@ -85,15 +85,18 @@ class RpcServer:
     async def stop(self, grace_s: float) -> None:
         """Refuses new calls at once, lets running ones end for `grace_s`, then cancels them. Idempotent.
 
-        Returns when the handlers have ended, their cleanup included, which has a deadline of its own.
+        Returns when the handlers have ended, their cleanup included. Raises TimeoutError for handlers that don't.
         """
-        if self._server is None or self._calls is None:
-            return
-        await self._health.enter_graceful_shutdown()
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._server.stop(grace_s))
+        async with self._stopping:
+            if self._server is None:
+                return
+            await self._health.enter_graceful_shutdown()
+            self._calls.refuse()
             await self._calls.wait_idle(grace_s)
-            await self._server.stop(None)  # health watchers, and whatever outlived the grace
+            # Only now, and once: gRPC's own grace would wait for health watchers, which never end, and a second
+            # stop() while its grace runs out crashes the process (seen in grpcio 1.85.1).
+            await self._server.stop(None)
+            self._server = None
         if not await self._calls.wait_idle(_CLEANUP_S):
             raise TimeoutError(f"{self._calls.running} handlers have not ended {_CLEANUP_S:g} s after the stop")
 
