@@ -14,11 +14,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from branchline.config import Config, ConfigError
+from branchline.config import ConfigError
 from cluster.flags import add_serve_flags, config_from
+
+if TYPE_CHECKING:
+    from cluster.system import Stopping, System
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
@@ -31,14 +35,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def serve(arguments: argparse.Namespace) -> int:
     """Serves what the parsed flags say; returns the exit code."""
+    return run(arguments, _serve_until_stopped)
+
+
+def run(arguments: argparse.Namespace, use: Callable[[System, Stopping], int]) -> int:
+    """Starts the system that the parsed flags describe, hands it to `use` and ends it; returns the exit code.
+
+    `use` returns the exit code of its own part, and returns soon when its second argument turns true: after SIGINT
+    or SIGTERM.
+    """
     try:
         config = config_from(arguments, os.environ)
     except ConfigError as error:
-        return _fail(str(error), EXIT_USAGE)
-    return run(config, verbose=arguments.verbose)
-
-
-def run(config: Config, *, verbose: bool = False) -> int:
+        return fail(str(error), EXIT_USAGE)
     stop = StopSignal()
     stop.install()
     progress = Progress()
@@ -50,22 +59,32 @@ def run(config: Config, *, verbose: bool = False) -> int:
     from cluster.system import running_system
 
     try:
-        with running_system(config, os.environ, progress, stop.is_set, verbose=verbose) as system:
+        with running_system(config, os.environ, progress, stop.is_set, verbose=arguments.verbose) as system:
             stop.install()  # ray.init has put its own handler in place
-            first, *others = system.gateways
-            print(f"ready grpc={first}", flush=True)
-            for address in others:
-                print(f"gateway grpc={address}", flush=True)
-            system.watch(stop.is_set)
+            code = use(system, stop.is_set)
     except StartInterruptedError:
-        pass
+        code = EXIT_OK
     except ModelError as error:
-        return _fail(str(error), EXIT_USAGE)
+        return fail(str(error), EXIT_USAGE)
     except StartError as error:
-        return _fail(str(error), EXIT_USAGE if error.user_error else EXIT_FAILED)
+        return fail(str(error), EXIT_USAGE if error.user_error else EXIT_FAILED)
     except SessionError as error:
-        return _fail(str(error), EXIT_FAILED)
+        return fail(str(error), EXIT_FAILED)
     progress("stopped")
+    return code
+
+
+def fail(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _serve_until_stopped(system: System, stopping: Stopping) -> int:
+    first, *others = system.gateways
+    print(f"ready grpc={first}", flush=True)
+    for address in others:
+        print(f"gateway grpc={address}", flush=True)
+    system.watch(stopping)
     return EXIT_OK
 
 
@@ -102,11 +121,6 @@ class Progress:
 
     def __call__(self, line: str) -> None:
         print(f"[{time.monotonic() - self._began:6.1f} s] {line}", file=sys.stderr, flush=True)
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    return code
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ import ray
 
 #: Nothing goes through Ray's object store but configurations and addresses.
 OBJECT_STORE_BYTES = 80 * 1024 * 1024
-#: Ray puts sockets below its directory; their paths may have 107 bytes, of which Ray itself takes about 65.
-MAX_DIR_LENGTH = 40
+#: Ray puts sockets below its directory. Their paths may have 107 bytes, of which Ray takes about 65 and we 16.
+MAX_PARENT_LENGTH = 26
 #: Seconds for Ray's own processes to end.
 SHUTDOWN_TIMEOUT_S = 15.0
 
@@ -92,7 +92,7 @@ def local_env(environ: Mapping[str, str]) -> dict[str, str]:
 
 def _session_directory() -> Path:
     parent = tempfile.gettempdir()
-    return Path(tempfile.mkdtemp(prefix="branchline-ray-", dir=parent if len(parent) <= MAX_DIR_LENGTH else "/tmp"))
+    return Path(tempfile.mkdtemp(prefix="bl-ray-", dir=parent if len(parent) <= MAX_PARENT_LENGTH else "/tmp"))
 
 
 def _end(processes: list[psutil.Process]) -> None:

@@ -1,0 +1,90 @@
+"""The command line: `branchline serve | generate | chat | info`.
+
+Each command imports what it needs when it runs: `generate`, `chat` and `info` work where only the SDK is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+EXIT_CODES = """exit codes:
+  0    done
+  1    another error
+  2    wrong usage, configuration, model or request
+  3    no gateway or no worker that could serve, or no room
+  4    the deadline passed
+  130  interrupted
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    if arguments.command == "serve":
+        from cluster.launch import serve
+
+        return serve(arguments)
+    from cluster import ask
+
+    return ask.run(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from cluster.flags import add_serve_flags
+
+    parser = _with_exit_codes(
+        argparse.ArgumentParser(prog="branchline", description="Disaggregated LLM serving with tree speculation.")
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_serve_flags(_command(commands, "serve", "run a system on Ray until Ctrl-C"))
+
+    generate = _command(commands, "generate", "complete one prompt, streaming the text")
+    generate.add_argument("prompt", metavar="PROMPT", help="the prompt, or - to read it from standard input")
+    _add_target(generate)
+    _add_options(generate)
+    generate.add_argument("--chat", action="store_true", help="send the prompt as a user's message of a chat")
+    generate.add_argument("--system", metavar="TEXT", help="the chat's system message; implies --chat")
+    generate.add_argument("--json", action="store_true", help="print one JSON object at the end, not the text")
+
+    chat = _command(commands, "chat", "talk with the model; /reset starts anew, /exit ends")
+    _add_target(chat)
+    _add_options(chat)
+    chat.add_argument("--system", metavar="TEXT", help="the system message")
+
+    info = _command(commands, "info", "what is being served, and the load now")
+    _add_target(info)
+    info.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str
+) -> argparse.ArgumentParser:
+    return _with_exit_codes(commands.add_parser(name, help=text, description=text))
+
+
+def _with_exit_codes(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.epilog = EXIT_CODES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    return parser
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", required=True, metavar="HOST:PORT", help="the gateway")
+    parser.add_argument("--timeout", type=float, metavar="S", help="seconds that a call may take")
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--max-tokens", type=int, metavar="N", help="default: what the context leaves")
+    add("--temperature", type=float, metavar="T", help="0, the default, is greedy")
+    add("--top-p", type=float, metavar="P")
+    add("--top-k", type=int, metavar="K")
+    add("--seed", type=int, metavar="S", help="the same seed gives the same text")
+    add("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    add("--ignore-eos", action="store_true", help="go on past the model's end-of-sequence tokens")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
