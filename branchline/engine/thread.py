@@ -79,10 +79,9 @@ class EngineThread:
         deadline = self._loop.time() + timeout_s
         while self._thread.is_alive() and self._loop.time() < deadline:
             await asyncio.sleep(0.005)
-        ending.cancel()
-        if self.failed.done() and not self.failed.cancelled():
-            self.failed.exception()  # marks it as seen
-        self.failed.cancel()
+        for future in (ending, self.failed):
+            if not future.cancel() and not future.cancelled():
+                future.exception()  # seen; the thread has logged what there is to log
         return not self._thread.is_alive()
 
     def _request_stop(self) -> None:

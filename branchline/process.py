@@ -1,0 +1,102 @@
+"""What every worker process does around its `serve`: flags, environment, signals, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Protocol
+
+import yaml
+
+from branchline.config import Config, ConfigError, load
+
+#: Exit code for what the user can mend: the configuration, the model, the port.
+USER_ERROR = 2
+
+
+class Serve(Protocol):
+    def __call__(
+        self, config: Config, *, ready: Callable[[str], None], stop: asyncio.Event, progress: Callable[[str], None]
+    ) -> Awaitable[None]: ...
+
+
+def run(role: str, argv: Sequence[str] | None = None) -> int:
+    """Runs `<role>.serve.serve` until SIGTERM or SIGINT; returns the exit code.
+
+    Prints `ready grpc=HOST:PORT` to stdout once it serves; progress and logs go to stderr. The role's modules are
+    imported only after the environment of the compute threads has been set.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {role}")
+    parser.add_argument("--config", metavar="FILE", help="YAML configuration; without it the defaults apply")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="overrides a field; may be repeated"
+    )
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    try:
+        config = read_config(arguments.config, arguments.set)
+    except ConfigError as error:
+        return _user_error(error)
+    set_thread_environment(config.engine.threads)
+
+    from branchline.engine.models.errors import ModelError
+    from branchline.wire.server import BindError
+
+    try:
+        asyncio.run(_serve(importlib.import_module(f"{role}.serve").serve, config))
+    except (ConfigError, ModelError, BindError) as error:
+        return _user_error(error)
+    return 0
+
+
+def read_config(path: str | None, overrides: Sequence[str]) -> Config:
+    """The configuration of a file with `section.field=value` laid over. Raises ConfigError."""
+    config = load(path) if path else Config()
+    flags: dict[str, Any] = {}
+    for override in overrides:
+        name, separator, value = override.partition("=")
+        if not separator or name.count(".") != 1:
+            raise ConfigError(f"--set {override}: must be SECTION.FIELD=VALUE")
+        if name.partition(".")[0] not in Config.__dataclass_fields__:
+            raise ConfigError(f"--set {override}: unknown section")
+        try:
+            flags[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {override}: not a YAML value") from error
+    return config.override(**flags)
+
+
+def set_thread_environment(threads: int) -> None:
+    """For the compute threads of this process, before torch is imported. `threads` 0: as many as usable cores.
+
+    Waiting threads must sleep: several workers share one machine, and OpenMP's spinning ones stall each other.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if threads > 0:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+    else:
+        os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+
+
+async def _serve(serve: Serve, config: Config) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await serve(
+        config,
+        ready=lambda address: print(f"ready grpc={address}", flush=True),
+        stop=stop,
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+
+
+def _user_error(error: Exception) -> int:
+    print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+    return USER_ERROR

@@ -1,0 +1,137 @@
+"""The DecodeService: messages in and out; what they do is in `sessions` and `handoff`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+
+import grpc
+
+from branchline.core import Fingerprint
+from branchline.v1 import decode_pb2, decode_pb2_grpc
+from branchline.wire.convert import (
+    fingerprint_from_proto,
+    fingerprint_to_proto,
+    finish_reason_to_proto,
+    request_from_proto,
+    speculation_to_proto,
+)
+from branchline.wire.status import RpcFailure
+from decode_worker.handoff import HandoffReceiver
+from decode_worker.leases import LeaseState
+from decode_worker.sessions import Aborted, Finish, Sessions, TokenBatch
+
+SERVICE = "branchline.v1.DecodeService"
+
+
+class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
+    def __init__(self, sessions: Sessions) -> None:
+        self._sessions = sessions
+        #: Handlers that serve a request now; GetStatus is not one of them.
+        self._tasks = 0
+
+    async def Reserve(  # noqa: N802
+        self, message: decode_pb2.ReserveRequest, _: grpc.aio.ServicerContext
+    ) -> decode_pb2.ReserveResponse:
+        ours, theirs = self._sessions.engine.models.fingerprint, fingerprint_from_proto(message.fingerprint)
+        if (difference := ours.difference(theirs)) is not None:
+            raise RpcFailure(
+                grpc.StatusCode.FAILED_PRECONDITION, f"the workers can't share KV: fingerprint {difference}"
+            )
+        with self._serving():
+            lease = await self._sessions.reserve(
+                message.request_id,
+                message.attempt,
+                message.context_length,
+                message.max_length,
+                accepts_draft=_same_draft(ours, theirs),
+            )
+        return decode_pb2.ReserveResponse(
+            lease_id=lease.lease_id,
+            ttl_ms=round(self._sessions.table.ttl_s * 1000),
+            accepts_draft=lease.accepts_draft,
+        )
+
+    async def Attach(  # noqa: N802
+        self, message: decode_pb2.AttachRequest, _: grpc.aio.ServicerContext
+    ) -> AsyncIterator[decode_pb2.AttachResponse]:
+        session = self._sessions.attach(message.lease_id, request_from_proto(message.request))
+        with self._serving():
+            try:
+                yield decode_pb2.AttachResponse(attached=decode_pb2.Attached())
+                # No deadline of its own: the call's is the gateway's, and a peer that died is found by keepalive.
+                while True:
+                    match await session.events.get():
+                        case TokenBatch(index, token_ids):
+                            tokens = decode_pb2.Tokens(index=index, token_ids=token_ids)
+                            yield decode_pb2.AttachResponse(tokens=tokens)
+                        case Finish(reason, speculation):
+                            finished = decode_pb2.Finished(
+                                reason=finish_reason_to_proto(reason), speculation=speculation_to_proto(speculation)
+                            )
+                            yield decode_pb2.AttachResponse(finished=finished)
+                            return
+                        case Aborted(reason):
+                            raise RpcFailure(grpc.StatusCode.ABORTED, f"lease {message.lease_id} has ended: {reason}")
+            finally:
+                self._sessions.detach(session)
+
+    async def Handoff(  # noqa: N802
+        self, requests: AsyncIterator[decode_pb2.HandoffRequest], _: grpc.aio.ServicerContext
+    ) -> AsyncIterator[decode_pb2.HandoffResponse]:
+        stall_s = self._sessions.table.ttl_s
+        with self._serving():
+            try:
+                async with asyncio.timeout(stall_s):
+                    first = await anext(requests, None)
+            except TimeoutError:
+                raise RpcFailure(grpc.StatusCode.DEADLINE_EXCEEDED, "no hand-off header came") from None
+            if first is None or first.WhichOneof("part") != "header":
+                raise RpcFailure(grpc.StatusCode.INVALID_ARGUMENT, "a hand-off begins with a header")
+            session = self._sessions.open_handoff(first.header.lease_id)
+            receiver = HandoffReceiver(self._sessions, session, requests, stall_s)
+            receiver.check_header(first.header)
+            async with contextlib.aclosing(receiver.responses()) as responses:
+                async for response in responses:
+                    yield response
+
+    async def Abort(  # noqa: N802
+        self, message: decode_pb2.AbortRequest, _: grpc.aio.ServicerContext
+    ) -> decode_pb2.AbortResponse:
+        self._sessions.abort(message.lease_id, message.reason or "the gateway aborted it")
+        return decode_pb2.AbortResponse()
+
+    async def GetStatus(  # noqa: N802
+        self, _: decode_pb2.DecodeServiceGetStatusRequest, __: grpc.aio.ServicerContext
+    ) -> decode_pb2.DecodeServiceGetStatusResponse:
+        sessions, engine = self._sessions, self._sessions.engine
+        return decode_pb2.DecodeServiceGetStatusResponse(
+            incarnation=sessions.table.incarnation,
+            fingerprint=fingerprint_to_proto(engine.models.fingerprint),
+            model=engine.models.name,
+            max_model_len=engine.runner.max_model_len,
+            # A plain read of a counter: status is answered in the middle of a step, too.
+            blocks_total=engine.runner.pool.total,
+            blocks_used=engine.runner.pool.used,
+            leases=len(sessions.table),
+            running=sessions.table.count(LeaseState.RUNNING),
+            max_batch=engine.runner.max_batch,
+            tasks=self._tasks,
+            tree=engine.tree.spec,
+            speculation=speculation_to_proto(sessions.totals.speculation),
+            emitted_tokens=sessions.totals.emitted_tokens,
+            cold_starts=sessions.totals.cold_starts,
+        )
+
+    @contextlib.contextmanager
+    def _serving(self) -> Iterator[None]:
+        self._tasks += 1
+        try:
+            yield
+        finally:
+            self._tasks -= 1
+
+
+def _same_draft(ours: Fingerprint, theirs: Fingerprint) -> bool:
+    return bool(ours.draft) and ours.draft == theirs.draft

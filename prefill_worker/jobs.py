@@ -1,0 +1,105 @@
+"""One request in the prefill worker, seen from the event loop: its events, and the messages of its hand-off."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+import grpc
+
+from branchline.core import DraftTree, KvPart, KvSpan, Request
+from branchline.engine.blocks import OutOfBlocksError
+from branchline.engine.models.protocol import KvGeometry
+from branchline.engine.thread import EngineThread
+from branchline.v1 import decode_pb2
+from branchline.wire.convert import tree_to_proto
+from branchline.wire.frames import kv_frame, split_span
+from branchline.wire.status import RpcFailure
+from prefill_worker.engine_loop import Computed, Drafted, Event, Failed, FirstToken, PrefillLoop
+
+#: Bytes that one command to the engine exports: what waits in memory to be sent.
+EXPORT_BYTES = 16 << 20
+
+
+class PrefillJob:
+    """Created for one request; `release` must be called in the end, whatever happened, also to `begin`."""
+
+    def __init__(self, job_id: int, request: Request, ship_draft: bool, thread: EngineThread, engine: PrefillLoop):
+        self._id = job_id
+        self._request = request
+        self._draft_kv = engine.runner.draft_kv if ship_draft else None
+        self._thread = thread
+        self._engine = engine
+        self._events: asyncio.Queue[Computed | Drafted | Failed] = asyncio.Queue()
+        #: The first token as soon as it is sampled, however far the hand-off is.
+        self.first: asyncio.Future[FirstToken | Failed] = asyncio.get_running_loop().create_future()
+
+    async def begin(self) -> None:
+        """Takes blocks and queues the computation. Raises InvalidRequestError, or RpcFailure when blocks are short."""
+        drafts = self._draft_kv is not None
+        try:
+            await self._thread.submit(self._engine.begin, self._id, self._request, drafts, self._on_engine_event)
+        except OutOfBlocksError as error:
+            raise RpcFailure(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)) from None
+
+    def release(self) -> asyncio.Future[None]:
+        """Stops the computation and frees the blocks, after the commands submitted so far."""
+        return self._thread.submit(self._engine.release, self._id)
+
+    async def messages(self) -> AsyncGenerator[decode_pb2.HandoffRequest]:
+        """The hand-off's frames in order, each as soon as its KV is computed. Ends without a commit.
+
+        Raises RpcFailure when the engine lost the job. To be called once.
+        """
+        index = 0
+        while True:
+            match await self._events.get():
+                case Computed(start, end):
+                    async for span, data in self._export(KvPart.TARGET, self._engine.runner.target_kv, start, end):
+                        yield decode_pb2.HandoffRequest(kv=kv_frame(index, span, data))
+                        index += 1
+                case Failed(reason):
+                    raise failure(reason)
+                case Drafted(tree):
+                    break
+        yield decode_pb2.HandoffRequest(draft=self._draft_frame(index, tree))
+        index += 1
+        if self._draft_kv is not None:
+            end = len(self._request.context) + 1
+            async for span, data in self._export(KvPart.DRAFT, self._draft_kv, 1, end):
+                yield decode_pb2.HandoffRequest(kv=kv_frame(index, span, data))
+                index += 1
+
+    def _draft_frame(self, index: int, tree: DraftTree) -> decode_pb2.DraftFrame:
+        first = self.first.result()
+        assert isinstance(first, FirstToken), "a tree without a first token"
+        return tree_to_proto(tree, index=index, first_token=first.token_id)
+
+    async def _export(
+        self, part: KvPart, geometry: KvGeometry, start: int, end: int
+    ) -> AsyncGenerator[tuple[KvSpan, bytes]]:
+        whole = KvSpan(part, (0, geometry.num_layers), (0, geometry.num_kv_heads), (start, end))
+        per_layer_token = geometry.bytes_per_token // geometry.num_layers
+        spans = split_span(whole, per_layer_token)
+        # All pieces but the last ones are about the same size: a batch is a number of them.
+        batch = max(1, len(spans) * EXPORT_BYTES // (geometry.bytes_per_token * (end - start)))
+        for at in range(0, len(spans), batch):
+            pieces = spans[at : at + batch]
+            exported = await self._thread.submit_bulk(EXPORT_BYTES, self._engine.export, self._id, pieces)
+            for piece in zip(pieces, exported, strict=True):
+                yield piece
+
+    def _on_engine_event(self, event: Event) -> None:
+        """On the engine's thread."""
+        self._thread.deliver(self._on_event, event)
+
+    def _on_event(self, event: Event) -> None:
+        if isinstance(event, FirstToken | Failed) and not self.first.done():
+            self.first.set_result(event)
+        if not isinstance(event, FirstToken):
+            self._events.put_nowait(event)
+
+
+def failure(reason: str) -> RpcFailure:
+    """What the gateway is told when the engine lost a job: another attempt may do better."""
+    return RpcFailure(grpc.StatusCode.ABORTED, reason)

@@ -1,0 +1,124 @@
+"""The PrefillService: one request's way from prompt to hand-off."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import grpc
+
+from branchline.core import Request
+from branchline.engine.thread import EngineStoppedError, EngineThread
+from branchline.v1 import decode_pb2, prefill_pb2, prefill_pb2_grpc
+from branchline.wire.convert import fingerprint_to_proto, finish_reason_to_proto, request_from_proto
+from prefill_worker.channels import DecodeChannels
+from prefill_worker.engine_loop import Failed, PrefillLoop
+from prefill_worker.handoff import HandoffSender, HandoffTotals
+from prefill_worker.jobs import PrefillJob, failure
+
+SERVICE = "branchline.v1.PrefillService"
+
+logger = logging.getLogger(__name__)
+
+
+class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
+    """`stall_s`: how long a decode worker may leave a hand-off unanswered."""
+
+    def __init__(self, thread: EngineThread, engine: PrefillLoop, incarnation: str, stall_s: float) -> None:
+        self._thread = thread
+        self._engine = engine
+        self._incarnation = incarnation
+        self._stall_s = stall_s
+        self._channels = DecodeChannels()
+        self._job_ids = itertools.count()
+        self._requests = 0
+        self._shipping: set[asyncio.Task[HandoffTotals]] = set()
+
+    async def close(self) -> None:
+        """Closes the connections to decode workers; after the server has stopped."""
+        await self._channels.close()
+
+    async def Prefill(  # noqa: N802
+        self, message: prefill_pb2.PrefillRequest, _: grpc.aio.ServicerContext
+    ) -> AsyncGenerator[prefill_pb2.PrefillResponse]:
+        request = request_from_proto(message.request)
+        job = PrefillJob(next(self._job_ids), request, message.ship_draft, self._thread, self._engine)
+        self._requests += 1
+        try:
+            await job.begin()
+            async with self._channels.use(message.decode_address) as stub:
+                header = decode_pb2.HandoffHeader(
+                    lease_id=message.lease_id,
+                    kv_dtype=str(self._engine.runner.target_kv.dtype).removeprefix("torch."),
+                )
+                sender = HandoffSender(stub, message.decode_address, header, job.messages(), self._stall_s)
+                async with self._running(sender) as shipping, contextlib.aclosing(_answer(job, shipping)) as responses:
+                    async for response in responses:
+                        yield response
+            logger.info("request=%s event=prefilled context=%d", request.request_id, len(request.context))
+        finally:
+            self._requests -= 1
+            job.release().add_done_callback(lambda released: _on_released(request, released))
+
+    async def GetStatus(  # noqa: N802
+        self, _: prefill_pb2.PrefillServiceGetStatusRequest, __: grpc.aio.ServicerContext
+    ) -> prefill_pb2.PrefillServiceGetStatusResponse:
+        engine = self._engine
+        return prefill_pb2.PrefillServiceGetStatusResponse(
+            incarnation=self._incarnation,
+            fingerprint=fingerprint_to_proto(engine.models.fingerprint),
+            model=engine.models.name,
+            max_model_len=engine.runner.max_model_len,
+            # Plain reads of counters: status is answered in the middle of a step, too.
+            blocks_total=engine.runner.pool.total,
+            blocks_used=engine.runner.pool.used,
+            queued=self._requests,
+            tasks=self._requests + len(self._shipping),
+            prefilled_tokens=engine.prefilled_tokens,
+        )
+
+    @contextlib.asynccontextmanager
+    async def _running(self, sender: HandoffSender) -> AsyncGenerator[asyncio.Task[HandoffTotals]]:
+        """The hand-off as a task that has ended, one way or the other, when the block has."""
+        shipping = asyncio.create_task(sender.run())
+        self._shipping.add(shipping)
+        try:
+            yield shipping
+        finally:
+            shipping.cancel()
+            await asyncio.wait({shipping})
+            self._shipping.remove(shipping)
+            if not shipping.cancelled():
+                shipping.exception()  # seen, if it mattered
+
+
+async def _answer(
+    job: PrefillJob, shipping: asyncio.Task[HandoffTotals]
+) -> AsyncGenerator[prefill_pb2.PrefillResponse]:
+    """The first token, then the hand-off's totals. A hand-off that fails early ends it before the first token."""
+    either: set[asyncio.Future[Any]] = {job.first, shipping}
+    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+    if not job.first.done():
+        shipping.result()  # raises: a hand-off can't be complete without the first token
+    first = job.first.result()
+    if isinstance(first, Failed):
+        raise failure(first.reason)
+    finish_reason = finish_reason_to_proto(first.finish)
+    yield prefill_pb2.PrefillResponse(
+        first_token=prefill_pb2.FirstToken(token_id=first.token_id, finish_reason=finish_reason)
+    )
+    if first.finish is not None:
+        return
+    totals = await shipping
+    handed_off = prefill_pb2.HandedOff(kv_bytes=totals.kv_bytes, frames=totals.frames, tree_nodes=totals.tree_nodes)
+    yield prefill_pb2.PrefillResponse(handed_off=handed_off)
+
+
+def _on_released(request: Request, released: asyncio.Future[None]) -> None:
+    error = None if released.cancelled() else released.exception()
+    if error is not None and not isinstance(error, EngineStoppedError):
+        logger.error("release failed request=%s", request.request_id, exc_info=error)
