@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncIterator, Iterator
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 import grpc
 
 from branchline.client import transport
-from branchline.client.errors import BranchlineError, CancelledError, from_rpc_error
+from branchline.client.errors import (
+    BranchlineError,
+    CancelledError,
+    DeadlineExceededError,
+    UnavailableError,
+    from_rpc_error,
+)
 from branchline.client.options import DEFAULT_TIMEOUT_S, GenerateOptions, deadline, generate_request
 from branchline.client.results import Chunk, Collector, Completion, ServerInfo, server_info
 from branchline.v1 import gateway_pb2, gateway_pb2_grpc
@@ -62,20 +69,17 @@ class AsyncClient:
     async def info(self, *, timeout: float = 10.0) -> ServerInfo:
         """What is being served, and the load now."""
         stub = self._stub()
-        try:
+        with _mapped_errors(self.target):
             return server_info(await stub.GetInfo(gateway_pb2.GetInfoRequest(), timeout=deadline(timeout)))
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, self.target) from error
 
     async def health(self, *, timeout: float = transport.HEALTH_TIMEOUT_S) -> bool:
         """Whether the gateway can serve; False also when nobody answers within `timeout` seconds."""
         check = self._open_channel().unary_unary(transport.HEALTH_METHOD)
         try:
-            answer: bytes = await check(transport.HEALTH_REQUEST, timeout=deadline(timeout))
-        except grpc.RpcError as error:
-            if error.code() in transport.NOT_READY:
-                return False
-            raise from_rpc_error(error, self.target) from error
+            with _mapped_errors(self.target):
+                answer: bytes = await check(transport.HEALTH_REQUEST, timeout=deadline(timeout))
+        except (UnavailableError, DeadlineExceededError):
+            return False
         return answer == transport.HEALTH_SERVING
 
     async def wait_ready(self, timeout: float = 60.0) -> None:
@@ -105,7 +109,6 @@ class AsyncStream:
     def __init__(self, stub: Any, request: gateway_pb2.GenerateRequest, timeout_s: float, target: str) -> None:
         self._target = target
         self._collector = Collector()
-        self._closed = False
         self._call = stub.Generate(request, timeout=timeout_s)
 
     def __aiter__(self) -> AsyncIterator[Chunk]:
@@ -113,14 +116,8 @@ class AsyncStream:
 
     async def __anext__(self) -> Chunk:
         while True:
-            try:
+            with _mapped_errors(self._target):
                 response = await self._call.read()
-            except grpc.RpcError as error:
-                raise from_rpc_error(error, self._target) from error
-            except asyncio.CancelledError:
-                if self._closed:  # close() in another task: gRPC tells it as if this task had been cancelled
-                    raise CancelledError("the stream was closed", "CANCELLED") from None
-                raise
             if response is grpc.aio.EOF:
                 self._collector.finish()
                 raise StopAsyncIteration
@@ -137,7 +134,6 @@ class AsyncStream:
 
     async def close(self) -> None:
         """Cancels the generation unless it has ended. Idempotent."""
-        self._closed = True
         self._call.cancel()
 
     async def __aenter__(self) -> Self:
@@ -151,3 +147,19 @@ class AsyncStream:
     def __del__(self) -> None:
         if hasattr(self, "_call"):  # absent when the call could not be made
             self._call.cancel()
+
+
+@contextlib.contextmanager
+def _mapped_errors(target: str) -> Iterator[None]:
+    """Around an await of gRPC's. A call that somebody else cancels ends for gRPC as if this task had been cancelled;
+    its caller must not believe that.
+    """
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise from_rpc_error(error, target) from error
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise CancelledError("the call or its client was closed", "CANCELLED") from None

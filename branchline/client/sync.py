@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from types import TracebackType
@@ -10,7 +11,7 @@ from typing import Any, Self, Unpack
 import grpc
 
 from branchline.client import transport
-from branchline.client.errors import BranchlineError, from_rpc_error
+from branchline.client.errors import BranchlineError, DeadlineExceededError, UnavailableError, from_rpc_error
 from branchline.client.options import DEFAULT_TIMEOUT_S, GenerateOptions, deadline, generate_request
 from branchline.client.results import Chunk, Collector, Completion, ServerInfo, server_info
 from branchline.v1 import gateway_pb2, gateway_pb2_grpc
@@ -64,20 +65,17 @@ class Client:
     def info(self, *, timeout: float = 10.0) -> ServerInfo:
         """What is being served, and the load now."""
         self._require_open()
-        try:
+        with _mapped_errors(self.target):
             return server_info(self._stub.GetInfo(gateway_pb2.GetInfoRequest(), timeout=deadline(timeout)))
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, self.target) from error
 
     def health(self, *, timeout: float = transport.HEALTH_TIMEOUT_S) -> bool:
         """Whether the gateway can serve; False also when nobody answers within `timeout` seconds."""
         self._require_open()
         try:
-            answer: bytes = self._check_health(transport.HEALTH_REQUEST, timeout=deadline(timeout))
-        except grpc.RpcError as error:
-            if error.code() in transport.NOT_READY:
-                return False
-            raise from_rpc_error(error, self.target) from error
+            with _mapped_errors(self.target):
+                answer: bytes = self._check_health(transport.HEALTH_REQUEST, timeout=deadline(timeout))
+        except (UnavailableError, DeadlineExceededError):
+            return False
         return answer == transport.HEALTH_SERVING
 
     def wait_ready(self, timeout: float = 60.0) -> None:
@@ -108,13 +106,11 @@ class Stream:
 
     def __next__(self) -> Chunk:
         while True:
-            try:
-                response = next(self._call)
-            except StopIteration:
+            with _mapped_errors(self._target):
+                response = next(self._call, None)
+            if response is None:
                 self._collector.finish()
-                raise
-            except grpc.RpcError as error:
-                raise from_rpc_error(error, self._target) from error
+                raise StopIteration
             chunk = self._collector.add(response)
             if chunk is not None:
                 return chunk
@@ -141,3 +137,11 @@ class Stream:
     def __del__(self) -> None:
         if hasattr(self, "_call"):  # absent when the call could not be made
             self.close()
+
+
+@contextlib.contextmanager
+def _mapped_errors(target: str) -> Iterator[None]:
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise from_rpc_error(error, target) from error

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 
-import grpc
-
 from branchline.client.errors import DeadlineExceededError, InvalidRequestError
 
 #: grpc.health.v1's messages by hand, which saves a dependency: an empty request asks for the server as a whole,
@@ -17,9 +15,6 @@ HEALTH_SERVING = b"\x08\x01"
 #: Seconds between two looks while waiting for readiness, and that one of them may take.
 POLL_S = 0.1
 HEALTH_TIMEOUT_S = 5.0
-
-#: What an unhealthy or absent server answers to a health check, as opposed to something that is no such server.
-NOT_READY = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED})
 
 _LOOPBACK = ("127.", "localhost:", "[::1]:")
 _MAX_MESSAGE_BYTES = 8 * 1024 * 1024

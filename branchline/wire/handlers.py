@@ -1,7 +1,8 @@
 """What stands between gRPC and every handler: request parsing, error mapping, and the count of running calls.
 
 One interceptor instead of a try in every method. Handlers are coroutines, or asynchronous generators when they
-stream; they raise (`branchline.wire.status`) and never see gRPC's own ways of reporting an error.
+stream; they raise (`branchline.wire.status`) and never see gRPC's own ways of reporting an error. They clean up
+in `finally`: a cancelled call raises CancelledError at an `await`, but GeneratorExit at a `yield`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import grpc
+import pytest
+from client_servicer import ScriptedGateway, ServerThread
+
+from branchline import client as sdk
+from branchline.client import Client
+
+pytestmark = pytest.mark.usefixtures("gateway")
+
+CODES = {
+    "CANCELLED": sdk.CancelledError,
+    "UNKNOWN": sdk.ServerError,
+    "INVALID_ARGUMENT": sdk.InvalidRequestError,
+    "DEADLINE_EXCEEDED": sdk.DeadlineExceededError,
+    "NOT_FOUND": sdk.InvalidRequestError,
+    "ALREADY_EXISTS": sdk.InvalidRequestError,
+    "PERMISSION_DENIED": sdk.InvalidRequestError,
+    "RESOURCE_EXHAUSTED": sdk.OverloadedError,
+    "FAILED_PRECONDITION": sdk.InvalidRequestError,
+    "ABORTED": sdk.UnavailableError,
+    "OUT_OF_RANGE": sdk.InvalidRequestError,
+    "UNIMPLEMENTED": sdk.UnsupportedError,
+    "INTERNAL": sdk.ServerError,
+    "UNAVAILABLE": sdk.UnavailableError,
+    "DATA_LOSS": sdk.ServerError,
+    "UNAUTHENTICATED": sdk.InvalidRequestError,
+}
+
+
+@pytest.fixture
+def client(server: ServerThread) -> Iterator[Client]:
+    with Client(server.target) as client:
+        yield client
+
+
+def test_complete_returns_everything(client: Client, gateway: ScriptedGateway) -> None:
+    result = client.complete(prompt="abc", max_tokens=5, seed=3)
+    assert (result.text, result.token_ids, result.finish_reason) == ("abc.", (97, 98, 99), "stop")
+    assert (result.usage.prompt_tokens, result.usage.completion_tokens) == (7, 3)
+    assert (result.speculation.target_forwards, result.speculation.drafted, result.speculation.accepted) == (4, 20, 6)
+    assert result.speculation.acceptance_length == 2.5
+    assert (result.seed, result.failovers) == (3, 1)
+    assert 0 < result.time_to_first_token_s <= result.duration_s < 10
+    (request,) = gateway.requests
+    assert (request.prompt, request.max_tokens, request.seed) == ("abc", 5, 3)
+
+
+def test_a_result_is_fit_for_json(client: Client) -> None:
+    values = json.loads(json.dumps(client.complete(prompt="ab").to_dict()))
+    assert values["text"] == "ab."
+    assert values["token_ids"] == [97, 98]
+    assert values["finish_reason"] == "stop"
+    assert values["usage"] == {"prompt_tokens": 7, "completion_tokens": 2}
+    assert values["speculation"]["acceptance_length"] == 2.5
+
+
+def test_generate_streams(client: Client) -> None:
+    stream = client.generate(prompt="añ")
+    with pytest.raises(RuntimeError, match="not come to its end"):
+        _ = stream.result
+    assert [(chunk.text, chunk.token_ids) for chunk in stream] == [("a", (97,)), ("ñ", (241,)), (".", ())]
+    assert stream.result.text == "añ."
+    assert list(stream) == []  # as with any iterator
+
+
+def test_chunks_come_before_the_end(client: Client, gateway: ScriptedGateway) -> None:
+    with client.generate(prompt="!wait") as stream:
+        assert "".join(chunk.text for chunk in itertools.islice(stream, 4)) == "wait"
+    assert gateway.cancelled.acquire(timeout=5)
+
+
+class TestCancellation:
+    def test_leaving_the_loop(self, client: Client, gateway: ScriptedGateway) -> None:
+        for _ in client.generate(prompt="!wait"):
+            break
+        assert gateway.cancelled.acquire(timeout=5)
+
+    def test_leaving_the_block(self, client: Client, gateway: ScriptedGateway) -> None:
+        with client.generate(prompt="!wait") as stream:
+            next(stream)
+        assert gateway.cancelled.acquire(timeout=5)
+        with pytest.raises(sdk.CancelledError):
+            list(stream)
+
+    def test_from_another_thread(self, client: Client, gateway: ScriptedGateway) -> None:
+        stream = client.generate(prompt="!wait")
+        threading.Timer(0.2, stream.close).start()
+        with pytest.raises(sdk.CancelledError):
+            list(stream)
+        assert gateway.cancelled.acquire(timeout=5)
+
+    def test_closing_the_client(self, server: ServerThread, gateway: ScriptedGateway) -> None:
+        client = Client(server.target)
+        stream = client.generate(prompt="!wait")
+        next(stream)
+        client.close()
+        assert gateway.cancelled.acquire(timeout=5)
+        with pytest.raises(sdk.BranchlineError):
+            list(stream)
+        for call in (lambda: client.complete(prompt="x"), client.info, client.health):
+            with pytest.raises(sdk.BranchlineError, match="the client is closed"):
+                call()
+        client.close()
+
+    def test_closing_a_finished_stream_changes_nothing(self, client: Client) -> None:
+        stream = client.generate(prompt="ab")
+        list(stream)
+        stream.close()
+        stream.close()
+        assert stream.result.text == "ab."
+
+
+def test_the_deadline(client: Client, server: ServerThread, gateway: ScriptedGateway) -> None:
+    with pytest.raises(sdk.DeadlineExceededError) as caught:
+        client.complete(prompt="!wait", timeout=0.3)
+    assert isinstance(caught.value, TimeoutError)
+    assert gateway.cancelled.acquire(timeout=5)
+    with Client(server.target, timeout=0.3) as hasty, pytest.raises(sdk.DeadlineExceededError):
+        hasty.complete(prompt="!wait")
+    assert gateway.cancelled.acquire(timeout=5)
+
+
+def test_every_code_has_an_exception() -> None:
+    assert set(CODES) | {"OK"} == {code.name for code in grpc.StatusCode}
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_a_status_becomes_its_exception(client: Client, gateway: ScriptedGateway, code: str) -> None:
+    with pytest.raises(sdk.BranchlineError) as caught:
+        client.complete(prompt=f"!CODE {code}")
+    assert type(caught.value) is CODES[code]
+    assert caught.value.code == code
+    assert "as you wish" in caught.value.details
+    assert code in str(caught.value)
+    if code == "CANCELLED":  # the server's side counts it as what it is: a failure, not a cancellation
+        assert not gateway.cancelled.acquire(blocking=False)
+
+
+def test_a_message_too_large_is_the_requests_fault(client: Client) -> None:
+    with pytest.raises(sdk.InvalidRequestError, match="larger than max"):
+        client.complete(prompt="x" * (9 * 1024 * 1024))
+
+
+@pytest.mark.parametrize("prompt", ["!unfinished", "!unknown reason"])
+def test_a_server_that_breaks_the_contract(client: Client, prompt: str) -> None:
+    with pytest.raises(sdk.ServerError):
+        client.complete(prompt=prompt)
+
+
+def test_nobody_there() -> None:
+    target = f"127.0.0.1:{free_port()}"
+    with Client(target) as client:
+        with pytest.raises(sdk.UnavailableError, match=target):
+            client.complete(prompt="x", timeout=10)
+        assert client.health(timeout=1) is False
+        started = time.monotonic()
+        with pytest.raises(sdk.DeadlineExceededError, match=f"{target} was not ready within 0.3 s"):
+            client.wait_ready(timeout=0.3)
+        assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("target", ["", "localhost", ":5", "host:", "host:port"])
+def test_a_target_is_host_and_port(target: str) -> None:
+    with pytest.raises(sdk.InvalidRequestError, match="HOST:PORT"):
+        Client(target)
+
+
+def test_info(client: Client) -> None:
+    info = client.info()
+    assert (info.version, info.model, info.max_model_len, info.tree) == ("1.2.3", "tiny", 512, "chain:3")
+    assert info.active_requests == 2
+    assert info.workers == (sdk.Worker("decode", "127.0.0.1:7", True, 9, 4, 2, 3),)
+
+
+def test_health_and_readiness(client: Client, server: ServerThread) -> None:
+    assert client.health() is True
+    client.wait_ready(timeout=5)
+    server.set_serving(False)
+    try:
+        assert client.health() is False
+        threading.Timer(0.3, server.set_serving, [True]).start()
+        client.wait_ready(timeout=10)
+    finally:
+        server.set_serving(True)
+
+
+def test_one_client_in_many_threads(client: Client) -> None:
+    prompts = [f"number {number}" for number in range(40)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda prompt: client.complete(prompt=prompt), prompts))
+    assert [result.text for result in results] == [f"{prompt}." for prompt in prompts]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
