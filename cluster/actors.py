@@ -46,6 +46,7 @@ class RoleActor:
         self._role = RoleThread(serve_path)
         self._routes = routes
         self._pool: WorkerPool | None = None
+        self._workers: tuple[Sequence[str], Sequence[str]] = ((), ())
 
     def start(self, config: Config, cores: Sequence[int]) -> None:
         """Begins to serve, unless it does already."""
@@ -70,7 +71,8 @@ class RoleActor:
         )
 
     def update_workers(self, prefill: Sequence[str], decode: Sequence[str]) -> None:
-        """Tells a gateway where the workers are now."""
+        """Tells a gateway where the workers are now; it may be loading still."""
+        self._workers = (prefill, decode)
         if self._pool is not None:
             self._pool.update(prefill, decode)
 
@@ -79,7 +81,9 @@ class RoleActor:
         return self._role.stop(grace_s)
 
     def _take_pool(self, pool: WorkerPool) -> None:
+        """In the role's thread. Each side sets its own first and then reads the other's, so none is missed."""
         self._pool = pool
+        pool.update(*self._workers)
 
 
 def reachable(address: str, node_ip: str) -> str:

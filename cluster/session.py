@@ -35,8 +35,10 @@ def repository_root() -> Path:
 
 
 @contextlib.contextmanager
-def local_ray(cpus: float, gpus: float, report: Report, *, verbose: bool = False) -> Iterator[None]:
+def local_ray(cpus: float, gpus: float, report: Report, *, verbose: bool = False) -> Iterator[Path]:
     """Starts a Ray for this process alone, on the loopback interface; ends it and removes its files.
+
+    Yields its directory, which is removed at the end.
 
     Ray's CPUs are tickets for placement, not cores. On a Ray of our own there is nobody else to be kept out, so it
     is given as many tickets as the system asks for: three actors of one CPU each also start on two cores.
@@ -58,7 +60,7 @@ def local_ray(cpus: float, gpus: float, report: Report, *, verbose: bool = False
             )
         except (RuntimeError, OSError, ValueError) as error:
             raise SessionError(f"Ray did not start: {error}") from error
-        yield
+        yield directory
     finally:
         started = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
         ray.shutdown()
@@ -84,10 +86,10 @@ def joined_ray(address: str, report: Report, *, in_job: bool, verbose: bool = Fa
         ray.shutdown()
 
 
-def local_env(environ: Mapping[str, str]) -> dict[str, str]:
-    """Variables that let a local Ray's workers import what this process can, wherever it was started."""
+def local_env(environ: Mapping[str, str], directory: Path) -> dict[str, str]:
+    """For a local Ray's workers: they import what this process can, and their temporary files go with the session."""
     paths = [str(repository_root()), *filter(None, environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+    return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), "TMPDIR": str(directory)}
 
 
 def _session_directory() -> Path:

@@ -15,8 +15,6 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RuntimeEnvSetupError
 
-from branchline.config import Config
-from cluster.actors import ActorInfo
 from cluster.placement import Seat, create_actor, needed_cpus, needed_gpus
 from cluster.shell import State, Status
 
@@ -28,6 +26,9 @@ MAX_DEATHS_AT_START = 2
 RESTART_DELAYS_S = (1.0, 30.0)
 #: Seconds without progress after which the wait for a place in the cluster is reported.
 PLACE_NOTICE_S = 5.0
+#: Seconds for an actor that is ready to say where it runs.
+INFO_TIMEOUT_S = 30.0
+LOOPBACK_PREFIXES = ("127.", "localhost:", "[::1]:")
 
 Report = Callable[[str], None]
 Stopping = Callable[[], bool]
@@ -51,11 +52,8 @@ class Member:
 
     seat: Seat
     actor: Any
-    #: What it is to serve; None as long as it has to wait for others.
-    wanted: Config | None
     state: State | None = None
     address: str = ""
-    info: ActorInfo | None = None
     #: The request for a status that is under way.
     pending: Any = None
     next_line: int = 0
@@ -79,16 +77,12 @@ class Supervisor:
     _announced: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
 
     def start(self, timeout_s: float, stopping: Stopping = lambda: False) -> list[str]:
-        """Starts all actors, gateways last, and returns the gateways' addresses. Raises StartError."""
+        """Starts all actors and returns the gateways' addresses once all are ready. Raises StartError."""
         deadline = time.monotonic() + timeout_s
         for seat in self.seats:
-            wanted = None if seat.role == "gateway" else seat.config
-            self.members.append(Member(seat, create_actor(seat, self.env), wanted))
-        self._await_ready(self._of("prefill") + self._of("decode"), deadline, stopping)
-        self._announced = self._worker_addresses()
-        for gateway in self._of("gateway"):
-            gateway.wanted = self._gateway_config(gateway)
-        self._await_ready(self._of("gateway"), deadline, stopping)
+            self.members.append(Member(seat, create_actor(seat, self.env)))
+        self._await_ready(deadline, stopping)
+        self._check_hosts()
         return [gateway.address for gateway in self._of("gateway")]
 
     def watch(self, stopping: Stopping) -> None:
@@ -102,7 +96,6 @@ class Supervisor:
         for member in self.members:
             if member.state is State.FAILED:
                 self._restart_process(member)
-        self._announce()
 
     def close(self, grace_s: float) -> None:
         """Ends all actors, gateways first: politely within `grace_s` seconds in all, then by force."""
@@ -117,13 +110,14 @@ class Supervisor:
             ray.kill(member.actor, no_restart=True)
         self.members.clear()
 
-    def _await_ready(self, members: Sequence[Member], deadline: float, stopping: Stopping) -> None:
+    def _await_ready(self, deadline: float, stopping: Stopping) -> None:
+        members = self.members
         notice_at = time.monotonic() + PLACE_NOTICE_S
         while not all(member.ready for member in members):
             if stopping():
                 raise StartInterruptedError
             self._poll()
-            for member in self.members:
+            for member in members:
                 self._check_start(member)
             unplaced = [member for member in members if member.state is None]
             if unplaced and time.monotonic() > notice_at:
@@ -141,7 +135,7 @@ class Supervisor:
             raise StartError(f"{member.seat.name}: its process died {member.deaths} times while starting")
 
     def _poll(self) -> None:
-        """Gathers the answers that come within a round, and starts what is idle and wanted."""
+        """Gathers the answers that come within a round, starts what is idle, passes on new addresses."""
         began = time.monotonic()
         for member in self.members:
             if member.pending is None:
@@ -149,6 +143,7 @@ class Supervisor:
         ray.wait([member.pending for member in self.members], num_returns=len(self.members), timeout=ROUND_S)
         for member in self.members:
             self._take_answer(member)
+        self._announce()
         time.sleep(max(0.0, ROUND_S - (time.monotonic() - began)))
 
     def _take_answer(self, member: Member) -> None:
@@ -164,7 +159,7 @@ class Supervisor:
             return
         member.pending = None
         for line in status.lines:
-            self.report(f"{member.seat.name}: {line}")
+            self.report(f"{member.seat.name}: {line.removeprefix(f'{member.seat.role}: ')}")
         member.next_line = status.next_line
         if status.state is State.IDLE and member.state not in (None, State.IDLE):
             self._lost(member)
@@ -174,12 +169,19 @@ class Supervisor:
             self.report(f"{member.seat.name}: ready at {status.address}")
         elif status.state is State.FAILED and before is not State.FAILED:
             self._failed(member, status)
-        elif status.state is State.IDLE and member.wanted is not None and time.monotonic() >= member.not_before:
-            self._serve(member, member.wanted)
+        elif status.state is State.IDLE and time.monotonic() >= member.not_before:
+            self._serve(member)
 
-    def _serve(self, member: Member, config: Config) -> None:
+    def _serve(self, member: Member) -> None:
         self.report(f"{member.seat.name}: starting")
+        config = member.seat.config
+        if member.seat.role == "gateway":
+            # Clients know a gateway by its address: one that comes back takes the port that it had.
+            port = int(member.address.rpartition(":")[2]) if member.address else None
+            config = config.override(**{"gateway.grpc_port": port})
         member.actor.start.remote(config, member.seat.cores)
+        if member.seat.role == "gateway":
+            member.actor.update_workers.remote(*self._announced)
         member.state = State.LOADING
 
     def _lost(self, member: Member) -> None:
@@ -188,7 +190,7 @@ class Supervisor:
             self.report(f"{member.seat.name}: its process died; Ray starts it again")
             member.deaths += 1
             self._delay(member)
-        member.state, member.info, member.next_line = State.IDLE, None, 0
+        member.state, member.next_line = State.IDLE, 0
 
     def _failed(self, member: Member, status: Status) -> None:
         if not member.address:
@@ -198,7 +200,7 @@ class Supervisor:
     def _restart_process(self, member: Member) -> None:
         """A failed role gets a new process: its old one may hold memory, threads and sockets."""
         ray.kill(member.actor, no_restart=False)
-        member.state, member.pending, member.info, member.next_line = State.IDLE, None, None, 0
+        member.state, member.pending, member.next_line = State.IDLE, None, 0
         self._delay(member)
 
     def _delay(self, member: Member) -> None:
@@ -214,21 +216,20 @@ class Supervisor:
             return
         self._announced = addresses
         for gateway in self._of("gateway"):
-            gateway.wanted = self._gateway_config(gateway)
-            if gateway.ready:
+            if gateway.state in (State.LOADING, State.READY):
                 gateway.actor.update_workers.remote(*addresses)
 
-    def _gateway_config(self, gateway: Member) -> Config:
-        """The gateway's configuration with the workers' addresses; a restarted one keeps its own port."""
-        prefill, decode = self._worker_addresses()
-        port = int(gateway.address.rpartition(":")[2]) if gateway.address else None
-        return gateway.seat.config.override(
-            **{
-                "gateway.prefill_workers": list(prefill),
-                "gateway.decode_workers": list(decode),
-                "gateway.grpc_port": port,
-            }
-        )
+    def _check_hosts(self) -> None:
+        """A worker on the loopback interface cannot be reached from another node."""
+        infos = ray.get([member.actor.info.remote() for member in self.members], timeout=INFO_TIMEOUT_S)
+        if len({info.node_ip for info in infos}) == 1:
+            return
+        for member in self.members:
+            if member.seat.role != "gateway" and member.address.startswith(LOOPBACK_PREFIXES):
+                raise StartError(
+                    f"{member.seat.role}.host: {member.address} cannot be reached from the other nodes; use 0.0.0.0",
+                    user_error=True,
+                )
 
     def _worker_addresses(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         prefill, decode = (tuple(m.address for m in self._of(role) if m.address) for role in ("prefill", "decode"))

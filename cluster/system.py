@@ -57,8 +57,8 @@ def running_system(
             locate_model(config.model.model, report)
             locate_draft(config.model.draft, config.model.model, report)
             seats = plan(config, sorted(os.sched_getaffinity(0)))
-            env |= local_env(environ)
-            stack.enter_context(local_ray(needed_cpus(seats), needed_gpus(seats), report, verbose=verbose))
+            session = local_ray(needed_cpus(seats), needed_gpus(seats), report, verbose=verbose)
+            env |= local_env(environ, stack.enter_context(session))
         else:
             seats = plan(config)
             stack.enter_context(joined_ray(config.ray.address, report, in_job=in_job, verbose=verbose))

@@ -24,11 +24,10 @@ ROLES = {"prefill": "cluster_roles:worker", "decode": "cluster_roles:worker", "g
 @pytest.fixture(scope="module")
 def env() -> Iterator[dict[str, str]]:
     """A local Ray with four pretended GPUs; yields the environment that lets actors import the test roles."""
-    paths = local_env({"PYTHONPATH": str(HERE)})
     with pytest.MonkeyPatch.context() as patch, nothing_left() as directory:
         patch.setattr("tempfile.tempdir", str(directory))
-        with local_ray(cpus=8, gpus=4, report=print):
-            yield paths
+        with local_ray(cpus=8, gpus=4, report=print) as session:
+            yield local_env({"PYTHONPATH": str(HERE)}, session)
 
 
 @pytest.fixture
@@ -63,7 +62,8 @@ def test_starts_tells_progress_restarts_and_ends(env: dict[str, str], lines: lis
         prefill, decode, _ = (member.address for member in supervisor.members)
         assert all(map(listens, (gateway, prefill, decode)))
         assert "prefill 0: loading with 1 threads, PASSIVE" in lines
-        assert f"gateway 0: workers {prefill} | {decode}" in lines
+        told = f"gateway 0: workers {prefill} | {decode}"
+        wait_until(lambda: supervisor.round() or told in lines, 10, "the gateway hears of its workers")
 
         member = supervisor.members[1]
         os.kill(ray.get(member.actor.info.remote(), timeout=10).pid, signal.SIGKILL)
@@ -79,7 +79,7 @@ def test_starts_tells_progress_restarts_and_ends(env: dict[str, str], lines: lis
         wait_until(lambda: supervisor.round() or killed.deaths == 1, 30, "the gateway's death is seen")
         wait_until(lambda: supervisor.round() or killed.ready, 30, "the gateway is back")
         assert killed.address == gateway, "clients know a gateway by its address"
-        assert told in lines
+        wait_until(lambda: supervisor.round() or told in lines, 10, "the new gateway hears of its workers")
         addresses = [gateway, prefill, member.address]
     finally:
         supervisor.close(5)
