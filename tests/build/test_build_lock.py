@@ -1,0 +1,52 @@
+"""The lock agrees with pyproject and with what is installed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tools import lock
+
+LOCK = (lock.ROOT / "requirements" / "cpu.lock").read_text(encoding="utf-8")
+PINS = {
+    canonicalize_name(requirement.name): requirement
+    for requirement in (Requirement(line) for line in LOCK.splitlines() if line and not line.startswith("#"))
+}
+
+
+def test_every_direct_dependency_is_pinned_once_and_locked() -> None:
+    for name, requirement in lock.direct_requirements(("cpu", "cuda", "dev")).items():
+        assert [clause.operator for clause in requirement.specifier] == ["=="], f"{requirement} is not pinned"
+        if name != "vllm":
+            assert PINS[name].specifier == requirement.specifier
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the lock is written on x86-64")
+def test_the_lock_is_the_closure_of_what_is_installed() -> None:
+    assert lock.lock() == LOCK, "run `make lock`"
+
+
+def test_what_is_installed_is_what_is_locked() -> None:
+    for name, pin in PINS.items():
+        if pin.marker is None or pin.marker.evaluate():
+            assert pin.specifier.contains(importlib.metadata.version(name)), f"{name} is not {pin.specifier}"
+
+
+def test_what_breaks_a_cpu_torch_is_left_out() -> None:
+    assert not lock.UNWANTED & set(PINS)
+
+
+def test_every_package_is_listed() -> None:
+    listed = set(lock.project_file()["tool"]["setuptools"]["packages"])
+    roots = ("branchline", "cluster", "decode_worker", "gateway", "prefill_worker")
+    found = {
+        str(path.parent.relative_to(lock.ROOT)).replace("/", ".")
+        for root in roots
+        for path in Path(lock.ROOT / root).rglob("__init__.py")
+    }
+    assert listed == found
