@@ -8,11 +8,12 @@ Packages that only one kind of machine needs get a marker. Standard library and 
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import tomllib
-import typing
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, cast
 
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
@@ -35,9 +36,14 @@ HEADER = """\
 """
 
 
+def project_file() -> dict[str, Any]:
+    """pyproject.toml, parsed."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
 def direct_requirements(extras: Iterable[str] = EXTRAS) -> dict[str, Requirement]:
     """The requirements of pyproject's extras, by canonical name; an extra that names another is followed."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = project_file()["project"]
     found: dict[str, Requirement] = {}
     todo = list(extras)
     while todo:
@@ -50,10 +56,15 @@ def direct_requirements(extras: Iterable[str] = EXTRAS) -> dict[str, Requirement
     return found
 
 
+@functools.cache
+def _requirements(name: str) -> list[Requirement]:
+    return [Requirement(text) for text in importlib.metadata.distribution(name).requires or ()]
+
+
 def closure(roots: Iterable[Requirement], python: str, machine: str) -> set[str]:
     """Canonical names of everything that `roots` need on one Python and one kind of machine."""
     environment: dict[str, str] = {
-        **typing.cast(dict[str, str], default_environment()),
+        **cast(dict[str, str], default_environment()),
         "python_full_version": python,
         "python_version": python.rpartition(".")[0],
         "platform_machine": machine,
@@ -68,8 +79,7 @@ def closure(roots: Iterable[Requirement], python: str, machine: str) -> set[str]
         done.add((name, extras))
         if name in FILE_ONLY:
             continue
-        for text in importlib.metadata.distribution(name).requires or ():
-            wanted = Requirement(text)
+        for wanted in _requirements(name):
             if wanted.marker is None or any(
                 wanted.marker.evaluate(environment | {"extra": extra}) for extra in (*extras, "")
             ):
