@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -127,8 +128,9 @@ def _safetensors_names(path: Path) -> list[str]:
 def _load_torch(path: Path) -> Mapping[str, torch.Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, ImportError) as error:
-        raise ModelError(f"{path}: not a readable PyTorch checkpoint: {error}") from error
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        # PyTorch's own message advises loading with code execution allowed, which is never right here.
+        raise ModelError(f"{path}: not a readable PyTorch checkpoint of plain tensors") from error
     if not isinstance(tensors, Mapping) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise ModelError(f"{path}: not a mapping of tensors")
     return tensors
