@@ -1,0 +1,212 @@
+"""Starts workers and plays the gateway to them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import decode_worker.serve
+import grpc
+import prefill_worker.serve
+import torch
+from transformers import PreTrainedModel
+
+from branchline.config import Config, from_mapping
+from branchline.core import Request
+from branchline.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, types_pb2
+from branchline.wire.channels import open_channel
+from branchline.wire.convert import fingerprint_from_proto, request_to_proto
+
+TIMEOUT_S = 20.0
+
+
+@dataclass(frozen=True)
+class Tiny:
+    directory: Path
+    oracle: PreTrainedModel
+    model: Path
+    head: Path
+    other_head: Path
+
+    def config(self, **flags: Any) -> Config:
+        return from_mapping(
+            {
+                "model": {
+                    "model": str(self.model),
+                    "draft": str(self.head),
+                    "dtype": "float32",
+                    "provider": "reference",
+                    "device": "cpu",
+                    "tree": "default",
+                },
+                "engine": {"kv_cache_mib": 8, "max_batch": 4, "prefill_chunk_tokens": 16, "threads": 1},
+                "decode": {"lease_ttl_s": 2.0},
+                "prefill": {"lease_ttl_s": 2.0},
+            }
+        ).override(**flags)
+
+    @torch.inference_mode()
+    def greedy(self, prompt: tuple[int, ...], count: int) -> tuple[int, ...]:
+        """Plain greedy decoding by Hugging Face's model, without a cache."""
+        tokens = list(prompt)
+        for _ in range(count):
+            logits = self.oracle(torch.tensor([tokens])).logits[0, -1]
+            tokens.append(int(logits.argmax()))
+        return tuple(tokens[len(prompt) :])
+
+
+@dataclass
+class Outcome:
+    """What came out of one request."""
+
+    token_ids: list[int] = field(default_factory=list)
+    finish: types_pb2.FinishReason = types_pb2.FINISH_REASON_UNSPECIFIED
+    speculation: types_pb2.Speculation = field(default_factory=types_pb2.Speculation)
+
+
+@dataclass
+class Driver:
+    """Stubs of one prefill and one decode worker."""
+
+    prefill: Any
+    decode: Any
+    prefill_address: str
+    decode_address: str
+    numbers: itertools.count[int] = field(default_factory=itertools.count)
+
+    def request(self, prompt: tuple[int, ...], max_tokens: int, **options: Any) -> Request:
+        return Request(f"request-{next(self.numbers)}", prompt, max_tokens, **options)
+
+    async def status(self) -> tuple[prefill_pb2.PrefillServiceGetStatusResponse, Any]:
+        return (
+            await self.prefill.GetStatus(prefill_pb2.PrefillServiceGetStatusRequest(), timeout=TIMEOUT_S),
+            await self.decode.GetStatus(decode_pb2.DecodeServiceGetStatusRequest(), timeout=TIMEOUT_S),
+        )
+
+    async def reserve(self, request: Request, **changes: Any) -> decode_pb2.ReserveResponse:
+        prefill, _ = await self.status()
+        message = decode_pb2.ReserveRequest(
+            request_id=request.request_id,
+            context_length=len(request.context),
+            max_length=request.max_length,
+            fingerprint=prefill.fingerprint,
+            attempt=1,
+        )
+        message.MergeFrom(decode_pb2.ReserveRequest(**changes))
+        return await self.decode.Reserve(message, timeout=TIMEOUT_S)
+
+    async def attach(self, lease_id: str, request: Request) -> Any:
+        """The open stream, behind its first message."""
+        call = self.decode.Attach(
+            decode_pb2.AttachRequest(lease_id=lease_id, request=request_to_proto(request)), timeout=TIMEOUT_S
+        )
+        first = await call.read()
+        assert first.WhichOneof("event") == "attached"
+        return call
+
+    def start_prefill(self, request: Request, lease: decode_pb2.ReserveResponse) -> Any:
+        return self.prefill.Prefill(
+            prefill_pb2.PrefillRequest(
+                request=request_to_proto(request),
+                decode_address=self.decode_address,
+                lease_id=lease.lease_id,
+                ship_draft=lease.accepts_draft,
+            ),
+            timeout=TIMEOUT_S,
+        )
+
+    async def complete(self, request: Request) -> Outcome:
+        """The whole way of one request, as the gateway goes it. Checks the indices."""
+        lease = await self.reserve(request)
+        stream = await self.attach(lease.lease_id, request)
+        outcome = Outcome()
+        async for event in self.start_prefill(request, lease):
+            if event.WhichOneof("event") == "first_token":
+                outcome.token_ids.append(event.first_token.token_id)
+                outcome.finish = event.first_token.finish_reason
+        if outcome.finish:
+            await self.decode.Abort(decode_pb2.AbortRequest(lease_id=lease.lease_id), timeout=TIMEOUT_S)
+            return outcome
+        await self.relay(stream, request, outcome)
+        return outcome
+
+    async def relay(self, stream: Any, request: Request, outcome: Outcome) -> None:
+        while (event := await stream.read()) is not grpc.aio.EOF:
+            if event.WhichOneof("event") == "finished":
+                outcome.finish, outcome.speculation = event.finished.reason, event.finished.speculation
+                continue
+            at = event.tokens.index - len(request.emitted)
+            tokens = list(event.tokens.token_ids)
+            if at == 0:
+                assert outcome.token_ids == tokens, "decode repeats prefill's token"
+            else:
+                assert at == len(outcome.token_ids), "a token was lost or came twice"
+                outcome.token_ids += tokens
+
+    async def wait_until_idle(self, timeout_s: float = 1.0) -> None:
+        """Nothing is in use on either side within `timeout_s`."""
+
+        async def idle() -> bool:
+            prefill, decode = await self.status()
+            self.last = (prefill, decode)
+            return (
+                prefill.blocks_used == prefill.queued == prefill.tasks == 0
+                and decode.blocks_used == decode.leases == decode.running == decode.tasks == 0
+            )
+
+        await eventually(idle, timeout_s, lambda: f"still in use: {self.last}")
+
+
+async def eventually(condition: Callable[[], Any], timeout_s: float, what: Callable[[], str]) -> None:
+    deadline = asyncio.get_running_loop().time() + timeout_s
+    while not await condition():
+        assert asyncio.get_running_loop().time() < deadline, what()
+        await asyncio.sleep(0.02)
+
+
+@contextlib.asynccontextmanager
+async def running(serve: Any, config: Config) -> AsyncIterator[str]:
+    """A worker's `serve` as a task; yields its address and ends it properly."""
+    stop, ready = asyncio.Event(), asyncio.get_running_loop().create_future()
+    task = asyncio.create_task(serve(config, ready=ready.set_result, stop=stop))
+    try:
+        await asyncio.wait({task, ready}, timeout=TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
+        yield await ready
+    finally:
+        stop.set()
+        await asyncio.wait_for(task, TIMEOUT_S)
+
+
+@contextlib.asynccontextmanager
+async def running_workers(prefill: Config, decode: Config | None = None) -> AsyncIterator[Driver]:
+    async with (
+        running(prefill_worker.serve.serve, prefill) as prefill_address,
+        running(decode_worker.serve.serve, decode or prefill) as decode_address,
+        open_channel(prefill_address) as prefill_channel,
+        open_channel(decode_address) as decode_channel,
+    ):
+        yield Driver(
+            prefill_pb2_grpc.PrefillServiceStub(prefill_channel),
+            decode_pb2_grpc.DecodeServiceStub(decode_channel),
+            prefill_address,
+            decode_address,
+        )
+
+
+async def code_of(call: Any) -> grpc.StatusCode:
+    """The status of a call that is expected to fail."""
+    try:
+        result = await call if not hasattr(call, "__aiter__") else [item async for item in call]
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    raise AssertionError(f"did not fail: {result}")
+
+
+__all__ = ["Driver", "Outcome", "Tiny", "code_of", "eventually", "fingerprint_from_proto", "running", "running_workers"]
