@@ -1,0 +1,70 @@
+"""What the documents show works: links lead somewhere, code compiles, names, flags and fields exist."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+import branchline.client
+from branchline.config import from_mapping
+from tools.lock import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "requirements" / "README.md"]
+
+
+def _block(language: str) -> str:
+    found = re.search(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_the_sdk_example_uses_names_that_exist() -> None:
+    tree = ast.parse(_block("python"))
+    imported = [name.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for name in node.names]
+    assert imported
+    assert all(hasattr(branchline.client, name) for name in imported)
+    options = {keyword.arg for node in ast.walk(tree) if isinstance(node, ast.Call) for keyword in node.keywords}
+    assert options - {"end", "flush"} <= set(branchline.client.GenerateOptions.__annotations__)
+
+
+def test_the_configuration_is_one() -> None:
+    config = from_mapping(yaml.safe_load(_block("yaml")))
+    assert config.gateway.decode_workers == (f"127.0.0.1:{config.decode.port}",)
+    assert config.gateway.prefill_workers == (f"127.0.0.1:{config.prefill.port}",)
+
+
+def test_commands_and_flags_exist() -> None:
+    shown = re.findall(r"branchline (serve|generate|chat|info)\b(.*)", README)
+    shown += [("serve", flags) for flags in re.findall(r'ARGS="(.*)"', README)]
+    assert {command for command, _ in shown} == {"serve", "generate", "chat", "info"}
+    for command in {command for command, _ in shown}:
+        asked = [sys.executable, "-m", "cluster.cli", command, "--help"]
+        usage = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
+        for flag in re.findall(r"--[a-z-]+", " ".join(flags for name, flags in shown if name == command)):
+            assert flag in usage, f"{command} {flag}"
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    for page in PAGES:
+        assert set(re.findall(r"(?:^|`)make ([a-z]+)", page.read_text(encoding="utf-8"), re.MULTILINE)) <= targets
+
+
+def test_a_python_that_is_too_old_is_told(tmp_path) -> None:
+    command = ["make", "install", f"VENV={tmp_path / 'venv'}", "PYTHON=false"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode != 0
+    assert "needs Python 3.11 or later" in result.stderr
+    assert not (tmp_path / "venv").exists()
