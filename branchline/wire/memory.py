@@ -33,4 +33,4 @@ def keep_large_buffers() -> bool:
         (_M_TRIM_THRESHOLD, 2**31 - 1),
         (_M_TOP_PAD, 64 * 1024 * 1024),
     )
-    return all([libc.mallopt(name, value) == 1 for name, value in settings])
+    return all(libc.mallopt(name, value) == 1 for name, value in settings)
