@@ -12,6 +12,7 @@ Loading patches global state of vLLM and PyTorch for its duration, so one load r
 should create tensors of the default dtype meanwhile. In a process that has imported this module vLLM's own engine
 (`vllm.LLM`) can't be used on a CPU, since its attention backend is replaced.
 """
+# ruff: noqa: E402  the log level comes before the imports that log
 
 from __future__ import annotations
 
@@ -26,6 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+#: vLLM reports on importing, and at length on loading; its warnings are about the engine that isn't used here.
+logging.getLogger("vllm").setLevel(logging.ERROR)
+
 import torch
 import torch.distributed
 import vllm.ir
@@ -38,6 +42,7 @@ from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention as AttentionLayer
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.model_loader import get_model
+from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
@@ -46,6 +51,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from branchline.config import EngineConfig
 from branchline.engine.models.checkpoint import read_config, read_eos_token_ids, weight_files
+from branchline.engine.models.eagle3_config import NUM_AUXILIARY
 from branchline.engine.models.protocol import (
     Attention,
     DraftModel,
@@ -245,7 +251,6 @@ def load_vllm(
     Repeated loads in one process are independent. Raises ModelError for missing or wrong weights, an architecture that
     vLLM or our attention doesn't know, and a device that this vLLM build doesn't drive.
     """
-    logging.getLogger("vllm").setLevel(logging.ERROR)  # its warnings are about the engine that isn't used
     say = progress or (lambda _: None)
     if current_platform.device_type != device.type:
         raise ModelError(f"this build of vLLM runs on {current_platform.device_type}, not on {device.type}")
@@ -282,7 +287,18 @@ def _vllm_config(model_dir: Path, draft_dir: Path | None, dtype: torch.dtype, en
     )
     args.compilation_config.mode = CompilationMode.NONE
     with _environment_restored():
+        _import_architectures(model_dir, draft_dir)
         return args.create_engine_config()
+
+
+def _import_architectures(model_dir: Path, draft_dir: Path | None) -> None:
+    """Imports the models' classes, which vLLM would else first inspect in subprocesses, 10 seconds each."""
+    names = list(read_config(model_dir).get("architectures") or ())
+    if draft_dir is not None:
+        names += [*(read_config(draft_dir).get("architectures") or ()), "Eagle3LlamaForCausalLM"]
+    for name in names:
+        if name in ModelRegistry.models:
+            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
 
 
 def _load_target(config: VllmConfig, model_dir: Path, dtype: torch.dtype, auxiliary: bool) -> VllmTarget:
@@ -306,15 +322,15 @@ def _load_draft(config: VllmConfig, target: VllmTarget, dtype: torch.dtype, devi
     head = _head_config(config)
     # The head's rotary table must reach as far as the target: many heads were trained on, and name, fewer positions.
     head.hf_config.max_position_embeddings = max(head.hf_config.max_position_embeddings, target.spec.max_position)
-    module = _load_module(config, head)
-    model, host = module.model, target._module.model
-    if not hasattr(model, "combine_hidden_states"):
-        raise ModelError(f"{type(model).__name__} is not an EAGLE-3 head")
-    hidden_size = model.config.hidden_size
+    hidden_size = head.hf_config.hidden_size
     if hidden_size != target.spec.hidden_size:
         raise ModelError(
             f"the draft head's hidden size {hidden_size} differs from the model's {target.spec.hidden_size}"
         )
+    module = _load_module(config, head)
+    model, host = module.model, target._module.model
+    if not hasattr(model, "combine_hidden_states"):
+        raise ModelError(f"{type(model).__name__} is not an EAGLE-3 head")
     if not model.has_own_embed_tokens:
         model.model.embed_tokens = host.model.embed_tokens
     if not model.has_own_lm_head:
@@ -345,7 +361,10 @@ def _auxiliary_layers(head: Any, model: Any) -> tuple[int, ...]:
     """The layers whose entering values the head was trained on: from its configuration, else EAGLE-3's own choice."""
     eagle = getattr(head, "eagle_config", None) or {}
     named = getattr(head, "eagle_aux_hidden_state_layer_ids", None) or eagle.get("eagle_aux_hidden_state_layer_ids")
-    return tuple(named or model.get_eagle3_default_aux_hidden_state_layers())
+    layers = tuple(sorted(set(named or model.get_eagle3_default_aux_hidden_state_layers())))
+    if len(layers) != NUM_AUXILIARY:
+        raise ModelError(f"the draft head fuses layers {list(layers)}, not {NUM_AUXILIARY} different ones")
+    return layers
 
 
 @contextmanager
