@@ -8,6 +8,10 @@ import logging
 import os
 import signal
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from branchline.config import Config
 
 
 def main() -> int:
@@ -18,6 +22,7 @@ def main() -> int:
     # The tokenizer's library imports torch, whose threads would otherwise spin on the workers' cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
@@ -25,7 +30,7 @@ def main() -> int:
     from branchline.core import InvalidRequestError
     from branchline.engine.models.errors import ModelError
     from branchline.wire.server import BindError
-    from gateway.serve import WorkersNotReadyError
+    from gateway.workers import WorkersNotReadyError
 
     try:
         asyncio.run(_run(load(path)))
@@ -35,11 +40,9 @@ def main() -> int:
     return 0
 
 
-async def _run(config: object) -> None:
-    from branchline.config import Config
-    from gateway.serve import serve
+async def _run(config: Config) -> None:
+    from gateway.serve import serve  # takes seconds: it comes after the configuration has been read
 
-    assert isinstance(config, Config)
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)

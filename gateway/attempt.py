@@ -21,7 +21,7 @@ from branchline.wire import convert
 from branchline.wire.status import RpcFailure
 from gateway.background import cancel_all
 from gateway.journal import JournalEntry
-from gateway.placement import Placement
+from gateway.leases import Placement
 from gateway.worker import Worker
 
 #: Events between the legs and the attempt; when they are full, gRPC's flow control slows the workers down.
@@ -126,14 +126,22 @@ class Attempt:
         await self._events.put(_Ended(worker, failure))
 
     async def _next_event(self, timeout_s: float) -> _Event:
-        try:
-            return await asyncio.wait_for(self._events.get(), timeout_s)
-        except TimeoutError:
+        while True:
+            try:
+                return await asyncio.wait_for(self._events.get(), timeout_s)
+            except TimeoutError:
+                # Waiting for one's turn at a busy prefill worker is no stall: that one gets on with others' prompts.
+                queued = len(self._entry.emitted) == self._start and not self._decoding
+                if queued and self._prefill.progressed_within(timeout_s):
+                    continue
             suspects = [self._decode] if self._decoding else [self._prefill, self._decode]
-            raise AttemptFailedError(f"no token for {timeout_s:g} s", *suspects) from None
+            raise AttemptFailedError(f"no token for {timeout_s:g} s", *suspects)
 
     async def _attached(self) -> None:
-        event = await self._next_event(min(_ATTACH_TIMEOUT_S, self._stall_timeout_s))
+        try:
+            event = await asyncio.wait_for(self._events.get(), _ATTACH_TIMEOUT_S)
+        except TimeoutError:
+            raise AttemptFailedError("the token stream was not opened in time", self._decode) from None
         if isinstance(event, _Ended):
             self._fail(event)
         if not isinstance(event, decode_pb2.AttachResponse) or event.WhichOneof("event") != "attached":

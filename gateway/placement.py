@@ -15,23 +15,14 @@ from branchline.core import InvalidRequestError, Request
 from branchline.v1 import decode_pb2
 from branchline.wire import convert
 from branchline.wire.status import RpcFailure
+from gateway.leases import Leases, Placement
 from gateway.worker import Worker
 from gateway.workers import Pair, WorkerPool
 
 logger = logging.getLogger(__name__)
 
-RESERVE_TIMEOUT_S = 5.0
 _FIRST_BACKOFF_S = 0.02
 _LONGEST_BACKOFF_S = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """A pair with a lease on the decode worker. Whoever holds it ends the lease: by finishing, or with Abort."""
-
-    pair: Pair
-    lease_id: str
-    accepts_draft: bool
 
 
 @dataclass(slots=True)
@@ -51,8 +42,9 @@ class Placer:
     a worker to come back when there is none.
     """
 
-    def __init__(self, pool: WorkerPool, *, patience_s: float) -> None:
+    def __init__(self, pool: WorkerPool, leases: Leases, *, patience_s: float) -> None:
         self._pool = pool
+        self._leases = leases
         self._patience_s = patience_s
         self._queue = asyncio.Lock()  # fair: it wakes its waiters in order
 
@@ -95,11 +87,10 @@ class Placer:
             attempt=search.attempt,
         )
         try:
-            lease = await pair.decode.call("Reserve", request, RESERVE_TIMEOUT_S)
+            return await self._leases.reserve(pair, request)
         except RpcFailure as error:
             self._note_refusal(pair, search, error)
             return None
-        return Placement(pair, lease.lease_id, lease.accepts_draft)
 
     def _note_refusal(self, pair: Pair, search: Search, error: RpcFailure) -> None:
         match error.code:

@@ -10,19 +10,18 @@ import grpc
 
 from branchline.config import GatewayConfig
 from branchline.core import FinishReason
-from branchline.v1 import decode_pb2, gateway_pb2
+from branchline.v1 import gateway_pb2
 from branchline.wire import convert
 from branchline.wire.status import RpcFailure
 from gateway.attempt import Attempt, AttemptFailedError, Completed
-from gateway.background import Background
 from gateway.journal import AttemptRecord, JournalEntry
+from gateway.leases import Leases, Placement
 from gateway.output import Output
-from gateway.placement import Placement, Placer, Search, backoff
+from gateway.placement import Placer, Search, backoff
 from gateway.workers import WorkerPool
 
 logger = logging.getLogger(__name__)
 
-ABORT_TIMEOUT_S = 2.0
 #: The legs' own deadlines are this much later than the request's: it ends by being cancelled, and no worker is
 #: taken for a failed one because time was up.
 LEG_MARGIN_S = 1.0
@@ -31,31 +30,17 @@ Write = Callable[[gateway_pb2.GenerateResponse], Awaitable[None]]
 
 
 class Workers:
-    """The workers' side of the gateway, shared by all requests. `aborts` are the Abort calls under way."""
+    """The workers' side of the gateway, shared by all requests."""
 
     def __init__(self, pool: WorkerPool, config: GatewayConfig) -> None:
         self.pool = pool
         self.config = config
-        self.placer = Placer(pool, patience_s=config.worker_wait_s)
-        self.aborts = Background()
-
-    def end_lease(self, placement: Placement, reason: str) -> None:
-        """Tells the decode worker, without waiting: it would notice by itself, from the closed stream."""
-        self.aborts.spawn(self._abort(placement, reason), f"abort {placement.lease_id}")
+        self.leases = Leases(pool)
+        self.placer = Placer(pool, self.leases, patience_s=config.worker_wait_s)
 
     async def close(self) -> None:
-        await self.aborts.drain(ABORT_TIMEOUT_S)
-        await self.aborts.close()
+        await self.leases.close()
         await self.pool.close()
-
-    async def _abort(self, placement: Placement, reason: str) -> None:
-        decode = placement.pair.decode
-        request = decode_pb2.AbortRequest(lease_id=placement.lease_id, reason=reason)
-        try:
-            await decode.call("Abort", request, ABORT_TIMEOUT_S)
-        except RpcFailure as error:
-            logger.info("%s: Abort failed: %s", decode, error)
-        self.pool.note_room()
 
 
 class Relay:
@@ -131,7 +116,7 @@ class Relay:
             if lease_done:
                 pool.note_room()
             else:
-                self._workers.end_lease(placement, reason)
+                self._workers.leases.end(placement, reason)
 
     async def _place(self) -> Placement:
         self._search.request = self._entry.next_request()

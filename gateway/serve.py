@@ -14,16 +14,12 @@ from branchline.wire.server import RpcServer
 from gateway.relay import Workers
 from gateway.service import GatewayService
 from gateway.tokens import Tokens
-from gateway.workers import WorkerPool
+from gateway.workers import WorkerPool, WorkersNotReadyError
 
 SERVICE = "branchline.v1.GatewayService"
 
 #: Seconds between two lines of progress while workers are awaited.
 _REPORT_INTERVAL_S = 5.0
-
-
-class WorkersNotReadyError(RuntimeError):
-    """No prefill and decode worker that fit together answered in time; the message says what is lacking."""
 
 
 def _silent(_line: str) -> None:

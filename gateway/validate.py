@@ -22,7 +22,7 @@ MAX_OWN_STOP_TOKEN_IDS = 4
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`max_model_len`: the longest sequence of the workers, prompt and output; `max_tokens`: the gateway's own limit."""
+    """`max_model_len`: the workers' longest sequence, prompt and output; `max_tokens`: the gateway's own limit."""
 
     max_model_len: int
     max_tokens: int

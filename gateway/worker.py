@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import math
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ class Role(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
-    """What a worker said of itself. `requests` are those queued or running there, of all gateways."""
+    """What a worker said of itself. `requests` are those queued or running there, of all gateways;
+    `tokens` those prefilled or emitted since its start."""
 
     incarnation: str
     fingerprint: Fingerprint
@@ -36,6 +38,7 @@ class WorkerStatus:
     requests: int
     tasks: int
     tree: str
+    tokens: int
 
 
 class Worker:
@@ -53,6 +56,7 @@ class Worker:
         self.in_flight = 0
         self._others = 0
         self._avoid_until = 0.0
+        self._progress_at = -math.inf
         self._channel = open_channel(address)
         stub = prefill_pb2_grpc.PrefillServiceStub if role is Role.PREFILL else decode_pb2_grpc.DecodeServiceStub
         self._stub: Any = stub(self._channel)  # generated stubs carry no types
@@ -101,9 +105,12 @@ class Worker:
             requests=answer.queued if self.role is Role.PREFILL else answer.leases,
             tasks=answer.tasks,
             tree="" if self.role is Role.PREFILL else answer.tree,
+            tokens=answer.prefilled_tokens if self.role is Role.PREFILL else answer.emitted_tokens,
         )
 
     def update(self, status: WorkerStatus) -> None:
+        if self.status and status.tokens != self.status.tokens:
+            self._progress_at = time.monotonic()
         self.status = status
         self.healthy = True
         self._others = max(0, status.requests - self.in_flight)
@@ -111,6 +118,10 @@ class Worker:
     def avoid(self, seconds: float) -> None:
         """Prefer others for a while."""
         self._avoid_until = time.monotonic() + seconds
+
+    def progressed_within(self, seconds: float) -> bool:
+        """Whether it has computed anything, for anybody, as far as polls have seen."""
+        return time.monotonic() - self._progress_at <= seconds
 
     @property
     def cost(self) -> tuple[bool, int]:

@@ -26,6 +26,10 @@ AVOID_S = 10.0
 _LATE_POLLS = 2
 
 
+class WorkersNotReadyError(RuntimeError):
+    """No prefill and decode worker that fit together answered in time; the message says what is lacking."""
+
+
 @dataclass(frozen=True, slots=True)
 class Pair:
     """A prefill and a decode worker for one attempt."""

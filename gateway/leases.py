@@ -1,0 +1,76 @@
+"""Leases on decode workers' blocks: each one made here is used, or given back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+from branchline.v1 import decode_pb2
+from branchline.wire.status import RpcFailure
+from gateway.background import Background
+from gateway.workers import Pair, WorkerPool
+
+logger = logging.getLogger(__name__)
+
+RESERVE_TIMEOUT_S = 5.0
+ABORT_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A pair with a lease on the decode worker. Whoever holds it ends the lease: by finishing, or with `Leases.end`."""
+
+    pair: Pair
+    lease_id: str
+    accepts_draft: bool
+
+
+class Leases:
+    """`pending` counts what is under way without anybody waiting for it: Abort calls, mostly."""
+
+    def __init__(self, pool: WorkerPool) -> None:
+        self._pool = pool
+        self._background = Background()
+
+    @property
+    def pending(self) -> int:
+        return len(self._background)
+
+    async def reserve(self, pair: Pair, request: decode_pb2.ReserveRequest) -> Placement:
+        """Raises RpcFailure. When the caller is cancelled meanwhile, the lease that may come is given back."""
+        reservation = asyncio.create_task(self._reserve(pair, request))
+        try:
+            return await asyncio.shield(reservation)
+        except asyncio.CancelledError:
+            self._background.spawn(self._give_back(reservation), f"give back {request.request_id}")
+            raise
+
+    def end(self, placement: Placement, reason: str) -> None:
+        """Tells the decode worker, without waiting: it would notice by itself, from the closed stream."""
+        self._background.spawn(self._abort(placement, reason), f"abort {placement.lease_id}")
+
+    async def close(self) -> None:
+        """Waits for what is under way, not for long."""
+        await self._background.drain(ABORT_TIMEOUT_S)
+        await self._background.close()
+
+    async def _reserve(self, pair: Pair, request: decode_pb2.ReserveRequest) -> Placement:
+        lease = await pair.decode.call("Reserve", request, RESERVE_TIMEOUT_S)
+        return Placement(pair, lease.lease_id, lease.accepts_draft)
+
+    async def _give_back(self, reservation: asyncio.Task[Placement]) -> None:
+        try:
+            placement = await reservation
+        except RpcFailure:
+            return  # there is no lease
+        await self._abort(placement, "the request was cancelled")
+
+    async def _abort(self, placement: Placement, reason: str) -> None:
+        decode = placement.pair.decode
+        request = decode_pb2.AbortRequest(lease_id=placement.lease_id, reason=reason)
+        try:
+            await decode.call("Abort", request, ABORT_TIMEOUT_S)
+        except RpcFailure as error:
+            logger.info("%s: Abort failed: %s", decode, error)
+        self._pool.note_room()

@@ -1,0 +1,105 @@
+"""A gateway with scripted workers around it, and its innards in reach."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from scripted_workers import ScriptedDecode, ScriptedPrefill, eventually, expected_tokens, running
+
+from branchline.config import GatewayConfig
+from branchline.v1 import gateway_pb2, gateway_pb2_grpc
+from branchline.wire.channels import open_channel
+from branchline.wire.server import RpcServer
+from gateway.relay import Workers
+from gateway.service import GatewayService
+from gateway.tokens import Tokens
+from gateway.workers import WorkerPool
+
+PROMPT = (41, 42, 43)
+
+
+@dataclass
+class Answer:
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finished: gateway_pb2.Completion | None = None
+
+    def add(self, response: gateway_pb2.GenerateResponse) -> None:
+        assert self.finished is None, "a response after the last"
+        self.text += response.text
+        self.token_ids += response.token_ids
+        if response.HasField("finished"):
+            self.finished = response.finished
+
+
+@dataclass
+class House:
+    """`servers` and `addresses` are the workers', in the order given: prefill first."""
+
+    prefills: Sequence[ScriptedPrefill]
+    decodes: Sequence[ScriptedDecode]
+    workers: Workers
+    service: GatewayService
+    tokens: Tokens
+    stub: Any
+    servers: list[RpcServer]
+    addresses: list[str]
+
+    def call(self, max_tokens: int = 8, timeout: float | None = 20, **options: Any) -> Any:
+        if "prompt" not in options:
+            options["token_ids"] = gateway_pb2.TokenIds(ids=PROMPT)
+        return self.stub.Generate(gateway_pb2.GenerateRequest(max_tokens=max_tokens, **options), timeout=timeout)
+
+    async def answer(self, max_tokens: int = 8, **options: Any) -> Answer:
+        answer = Answer()
+        async for response in self.call(max_tokens, **options):
+            answer.add(response)
+        return answer
+
+    async def complete(self, max_tokens: int = 8, **options: Any) -> Answer:
+        """An answer that must be whole: no token lost, none twice."""
+        answer = await self.answer(max_tokens, **options)
+        assert answer.token_ids == expected_tokens(PROMPT, max_tokens)
+        assert answer.text == self.tokens.decode(answer.token_ids)
+        assert answer.finished is not None
+        assert answer.finished.usage.completion_tokens == max_tokens
+        return answer
+
+    async def idle(self, within_s: float = 1.0) -> None:
+        """Everything that served a request has ended, here and at the workers."""
+        await eventually(self._idle, within_s)
+
+    def _idle(self) -> bool:
+        return not (
+            self.service.active_requests
+            or self.workers.pool.in_flight
+            or self.workers.leases.pending
+            or any(prefill.running for prefill in self.prefills)
+            or any(decode.leases for decode in self.decodes)
+            or [t for t in asyncio.all_tasks() if t.get_name().startswith(("Attach", "Prefill", "abort"))]
+        )
+
+
+@contextlib.asynccontextmanager
+async def house(
+    tokens: Tokens, prefills: Sequence[ScriptedPrefill], decodes: Sequence[ScriptedDecode], **settings: Any
+) -> AsyncIterator[House]:
+    config = GatewayConfig(**{"stall_timeout_s": 5.0, "worker_wait_s": 5.0, **settings})
+    async with contextlib.AsyncExitStack() as stack:
+        started = [await stack.enter_async_context(running(worker)) for worker in [*prefills, *decodes]]
+        addresses = [address for _, address in started]
+        workers = Workers(WorkerPool(), config)
+        stack.push_async_callback(workers.close)
+        workers.pool.update(addresses[: len(prefills)], addresses[len(prefills) :])
+        await eventually(lambda: sum(worker.healthy for worker in workers.pool.workers) == len(addresses))
+        service = GatewayService(workers, tokens, config, "scripted")
+        server = RpcServer("127.0.0.1", 0)
+        server.add("branchline.v1.GatewayService", service, gateway_pb2_grpc.add_GatewayServiceServicer_to_server)
+        channel = await stack.enter_async_context(open_channel(await server.start()))
+        stack.push_async_callback(server.stop, 0)
+        stub = gateway_pb2_grpc.GatewayServiceStub(channel)
+        yield House(prefills, decodes, workers, service, tokens, stub, [s for s, _ in started], addresses)

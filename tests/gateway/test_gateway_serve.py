@@ -1,0 +1,181 @@
+"""A whole gateway, from its configuration to its stop; in this process and in one of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import yaml
+from gateway_harness import PROMPT
+from scripted_workers import ScriptedDecode, ScriptedPrefill, eventually, expected_tokens, running
+from tiny_tokenizer import train
+
+from branchline.config import Config, from_mapping, to_mapping
+from branchline.core import Fingerprint, InvalidRequestError
+from branchline.engine.models.errors import ModelError
+from branchline.v1 import gateway_pb2, gateway_pb2_grpc
+from branchline.wire.channels import open_channel
+from branchline.wire.server import PortInUseError
+from gateway.serve import serve
+from gateway.tokens import Tokens
+from gateway.workers import WorkerPool, WorkersNotReadyError
+
+pytestmark = [pytest.mark.wire, pytest.mark.timeout(120)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("model")
+    train().save_pretrained(directory)
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 480, "eos_token_id": 0}))
+    return str(directory)
+
+
+def config(model: str, *, prefill: str = "", decode: str = "", port: int = 0, start_timeout_s: float = 20.0) -> Config:
+    gateway = {
+        "prefill_workers": [prefill] if prefill else [],
+        "decode_workers": [decode] if decode else [],
+        "grpc_port": port,
+    }
+    return from_mapping({"model": {"model": model}, "gateway": gateway, "ray": {"start_timeout_s": start_timeout_s}})
+
+
+@contextlib.asynccontextmanager
+async def worker_addresses(**decode: object) -> AsyncIterator[dict[str, str]]:
+    async with running(ScriptedPrefill()) as (_, p), running(ScriptedDecode(**decode)) as (_, d):
+        yield {"prefill": p, "decode": d}
+
+
+async def generated(address: str) -> list[int]:
+    async with open_channel(address) as channel:
+        request = gateway_pb2.GenerateRequest(token_ids=gateway_pb2.TokenIds(ids=PROMPT), max_tokens=5)
+        stub = gateway_pb2_grpc.GatewayServiceStub(channel)
+        return [token async for response in stub.Generate(request, timeout=10) for token in response.token_ids]
+
+
+async def test_serves_until_stopped(model: str) -> None:
+    before = asyncio.all_tasks()
+    addresses: list[str] = []
+    stop = asyncio.Event()
+    async with worker_addresses() as workers:
+        task = asyncio.create_task(serve(config(model, **workers), ready=addresses.append, stop=stop))
+        await eventually(lambda: addresses or task.done(), 20)
+        assert await generated(addresses[0]) == expected_tokens(PROMPT, 5)
+        with pytest.raises(PortInUseError):
+            await serve(
+                config(model, **workers, port=int(addresses[0].rpartition(":")[2])),
+                ready=addresses.append,
+                stop=asyncio.Event(),
+            )
+        stop.set()
+        await asyncio.wait_for(task, 5)
+        with pytest.raises(OSError, match="Connect call failed"):
+            await asyncio.open_connection("127.0.0.1", int(addresses[0].rpartition(":")[2]))
+    assert not [task for task in asyncio.all_tasks() - before if task.get_name().startswith(("watch", "Attach"))]
+
+
+async def test_stopping_ends_running_requests(model: str) -> None:
+    addresses: list[str] = []
+    stop = asyncio.Event()
+    decode = ScriptedDecode(pace_s=0.5)
+    async with running(ScriptedPrefill()) as (_, p), running(decode) as (_, d):
+        task = asyncio.create_task(serve(config(model, prefill=p, decode=d), ready=addresses.append, stop=stop))
+        await eventually(lambda: addresses or task.done(), 20)
+        call = asyncio.create_task(generated(addresses[0]))
+        await eventually(lambda: decode.leases)
+        stop.set()
+        await asyncio.wait_for(task, 5)
+        assert isinstance((await asyncio.gather(call, return_exceptions=True))[0], Exception)
+        await eventually(lambda: not decode.leases)
+
+
+async def test_workers_may_come_later_and_from_another_thread(model: str) -> None:
+    addresses: list[str] = []
+    lines: list[str] = []
+    pools: list[WorkerPool] = []
+    stop = asyncio.Event()
+    task = asyncio.create_task(
+        serve(config(model), ready=addresses.append, stop=stop, progress=lines.append, on_pool=pools.append)
+    )
+    await eventually(lambda: any("waiting for" in line for line in lines), 20)
+    async with worker_addresses() as workers:
+        await asyncio.to_thread(pools[0].update, [workers["prefill"]], [workers["decode"]])
+        await eventually(lambda: addresses, 5)
+        assert await generated(addresses[0]) == expected_tokens(PROMPT, 5)
+        stop.set()
+        await asyncio.wait_for(task, 5)
+
+
+async def test_stopped_before_workers_came(model: str) -> None:
+    stop = asyncio.Event()
+    stop.set()
+    await asyncio.wait_for(serve(config(model), ready=lambda address: pytest.fail(address), stop=stop), 20)
+
+
+async def test_workers_that_never_come(model: str) -> None:
+    with pytest.raises(WorkersNotReadyError, match=r"prefill worker 127\.0\.0\.1:1"):
+        await serve(
+            config(model, prefill="127.0.0.1:1", start_timeout_s=0.5), ready=lambda _: None, stop=asyncio.Event()
+        )
+
+
+async def test_workers_that_do_not_fit(model: str) -> None:
+    async with worker_addresses(fingerprint=Fingerprint(target={"weights": "w2"})) as workers:
+        with pytest.raises(WorkersNotReadyError, match="differ in dtype"):
+            await serve(config(model, **workers, start_timeout_s=1.0), ready=lambda _: None, stop=asyncio.Event())
+
+
+async def test_an_address_that_is_none(model: str) -> None:
+    with pytest.raises(InvalidRequestError, match="HOST:PORT, got 'nowhere'"):
+        await serve(config(model, prefill="nowhere"), ready=lambda _: None, stop=asyncio.Event())
+
+
+def test_a_directory_without_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 480}))
+    with pytest.raises(ModelError, match="tokenizer can't be loaded"):
+        Tokens.load(tmp_path)
+
+
+async def start_process(path: Path) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "gateway", "--config", str(path)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+
+
+async def test_a_process_of_its_own(model: str, tmp_path: Path) -> None:
+    async with worker_addresses() as workers:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(to_mapping(config(model, **workers))))
+        process = await start_process(path)
+        try:
+            line = (await asyncio.wait_for(process.stdout.readline(), 60)).decode()
+            assert line.startswith("ready grpc=127.0.0.1:")
+            assert await generated(line.strip().removeprefix("ready grpc=")) == expected_tokens(PROMPT, 5)
+            process.send_signal(signal.SIGTERM)
+            assert await asyncio.wait_for(process.wait(), 15) == 0
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+
+
+async def test_a_wrong_configuration_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("gateway: {grpc_prot: 1}")
+    process = await start_process(path)
+    _, stderr = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode == 2
+    assert stderr.decode().startswith("gateway: gateway.grpc_prot: unknown field")
+    assert stderr.count(b"\n") == 1
