@@ -42,9 +42,7 @@ def draft(index: int, first_token: int = 5, tree: DraftTree = TREE) -> decode_pb
 
 
 def commit(messages: list[decode_pb2.HandoffRequest], **changes: int) -> decode_pb2.HandoffRequest:
-    totals = decode_pb2.CommitFrame(
-        frames=len(messages), kv_bytes=sum(len(message.kv.data) for message in messages)
-    )
+    totals = decode_pb2.CommitFrame(frames=len(messages), kv_bytes=sum(len(message.kv.data) for message in messages))
     totals.MergeFrom(decode_pb2.CommitFrame(**changes))
     return decode_pb2.HandoffRequest(commit=totals)
 
