@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from engine_helpers import random_parents
+from hypothesis import given
+from hypothesis import strategies as st
+
+from branchline.config import ConfigError
+from branchline.engine.tree import DEFAULT_CHOICES, TreeTopology, parse_tree, resolve_tree, topology_tensors
+
+
+def test_an_inline_list_of_choices() -> None:
+    tree = parse_tree("[[0],[1],[0,0],[0,1],[0,0,2]]")
+    assert tree.parents == (0, 0, 1, 1, 3)
+    assert (tree.num_nodes, tree.depth) == (5, 3)
+    assert [tree.level(depth) for depth in range(4)] == [[0], [1, 2], [3, 4], [5]]
+    assert [tree.inner_level(depth) for depth in range(4)] == [[0], [1], [3], []]
+
+
+def test_the_other_forms(tmp_path: Path) -> None:
+    path = tmp_path / "tree.json"
+    path.write_text("[[0], [0, 1]]")
+    assert parse_tree(f"static:{path}").parents == (0, 1)
+    assert parse_tree("chain:3").choices == ((0,), (0, 0), (0, 0, 0))
+    assert parse_tree("none").num_nodes == 0
+    assert parse_tree("default").choices == DEFAULT_CHOICES
+
+
+def test_choices_out_of_order_are_put_parents_first() -> None:
+    assert parse_tree("[[0,0],[0],[1]]").choices == ((0,), (1,), (0, 0))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[[0],[1,0]]", "not connected"),
+        ("[[0],[0]]", "twice"),
+        ("[]", "between 1 and"),
+        ("[[]]", "not a path of ranks"),
+        ("[[0],[-1]]", "not a path of ranks"),
+        ("[[0],[true]]", "not a path of ranks"),
+        ("[[0],3]", "list of lists"),
+        ("[[0]", "not a JSON list"),
+        ("chain:0", "chain:K"),
+        ("chain:two", "chain:K"),
+        ("static:/does/not/exist", "No such file"),
+        ("bush", "must be none"),
+    ],
+)
+def test_bad_trees_are_refused_by_name(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=r"^model\.tree: ") as caught:
+        parse_tree(text)
+    assert message in str(caught.value)
+
+
+def test_a_tree_needs_a_draft_head() -> None:
+    assert resolve_tree("default", has_draft=False).num_nodes == 0
+    assert resolve_tree("none", has_draft=True).num_nodes == 0
+    with pytest.raises(ConfigError, match="needs a draft head"):
+        resolve_tree("chain:2", has_draft=False)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 70), st.integers(1, 3))
+def test_depths_and_ancestors_follow_from_parents(seed: int, drafted: int, batch: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    parents = torch.stack([random_parents(generator, drafted) for _ in range(batch)])
+    naive = [[_line(row, node) for node in range(drafted + 1)] for row in parents.tolist()]
+    depth = max(len(line) for row in naive for line in row) - 1
+    depths, ancestors = topology_tensors(parents, depth)
+    for row, lines in enumerate(naive):
+        for node, line in enumerate(lines):
+            assert depths[row, node] == len(line) - 1
+            assert ancestors[row, node].nonzero()[:, 0].tolist() == sorted(line)
+
+
+def _line(parents: list[int], node: int) -> list[int]:
+    line = [node]
+    while parents[node] >= 0:
+        node = parents[node]
+        line.append(node)
+    return line
+
+
+def test_every_prefix_of_the_default_tree_is_a_tree() -> None:
+    for size in range(1, len(DEFAULT_CHOICES) + 1):
+        TreeTopology("prefix", DEFAULT_CHOICES[:size])
