@@ -22,7 +22,7 @@ from branchline.engine.models.reference_layers import LayerLoader, Linear, RmsNo
 
 @dataclass(eq=False)
 class Eagle3Head:
-    """A DraftModel."""
+    """A DraftModel. The fields from `embedding` on are its tensors, on one device and in one dtype."""
 
     spec: DraftSpec
     target_token_ids: torch.Tensor
