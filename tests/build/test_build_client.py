@@ -47,9 +47,9 @@ def test_nothing_heavy_is_installed(python: Path) -> None:
 
 def test_the_sdk_imports_quickly(python: Path) -> None:
     code = "import time; s = time.perf_counter(); import branchline.client; print(time.perf_counter() - s)"
-    # The best of several: other work on the machine can only add to it.
-    seconds = min(float(_run(python, "-c", code, cwd=python.parent)) for _ in range(5))
-    assert seconds < 0.3
+    # Other work on the machine can only add to it: the best of several counts.
+    seconds = [float(_run(python, "-c", code, cwd=python.parent)) for _ in range(10)]
+    assert min(seconds) < 0.3
 
 
 def test_the_packages_and_their_data_are_complete(python: Path) -> None:
