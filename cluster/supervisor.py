@@ -24,8 +24,8 @@ ROUND_S = 0.25
 MAX_DEATHS_AT_START = 2
 #: Seconds before a failed actor is started again: doubled each time, up to the second figure.
 RESTART_DELAYS_S = (1.0, 30.0)
-#: Seconds without progress after which the wait for a place in the cluster is reported.
-PLACE_NOTICE_S = 5.0
+#: Seconds without a process for an actor after which the wait is reported.
+PLACE_NOTICE_S = 20.0
 #: Seconds for an actor that is ready to say where it runs.
 INFO_TIMEOUT_S = 30.0
 LOOPBACK_PREFIXES = ("127.", "localhost:", "[::1]:")
