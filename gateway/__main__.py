@@ -30,7 +30,7 @@ def main() -> int:
     from branchline.core import InvalidRequestError
     from branchline.engine.models.errors import ModelError
     from branchline.wire.server import BindError
-    from gateway.workers import WorkersNotReadyError
+    from gateway.pool import WorkersNotReadyError
 
     try:
         asyncio.run(_run(load(path)))

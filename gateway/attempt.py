@@ -128,7 +128,8 @@ class Attempt:
     async def _next_event(self, timeout_s: float) -> _Event:
         while True:
             try:
-                return await asyncio.wait_for(self._events.get(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    return await self._events.get()
             except TimeoutError:
                 # Waiting for one's turn at a busy prefill worker is no stall: that one gets on with others' prompts.
                 queued = len(self._entry.emitted) == self._start and not self._decoding
@@ -139,7 +140,8 @@ class Attempt:
 
     async def _attached(self) -> None:
         try:
-            event = await asyncio.wait_for(self._events.get(), _ATTACH_TIMEOUT_S)
+            async with asyncio.timeout(_ATTACH_TIMEOUT_S):
+                event = await self._events.get()
         except TimeoutError:
             raise AttemptFailedError("the token stream was not opened in time", self._decode) from None
         if isinstance(event, _Ended):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from branchline.v1 import decode_pb2
 from branchline.wire.status import RpcFailure
 from gateway.background import Background
-from gateway.workers import Pair, WorkerPool
+from gateway.pool import Pair, WorkerPool
 
 logger = logging.getLogger(__name__)
 

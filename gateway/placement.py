@@ -16,8 +16,8 @@ from branchline.v1 import decode_pb2
 from branchline.wire import convert
 from branchline.wire.status import RpcFailure
 from gateway.leases import Leases, Placement
+from gateway.pool import Pair, WorkerPool
 from gateway.worker import Worker
-from gateway.workers import Pair, WorkerPool
 
 logger = logging.getLogger(__name__)
 

@@ -8,17 +8,16 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import grpc
 
-from branchline.config import GatewayConfig
 from branchline.core import FinishReason
 from branchline.v1 import gateway_pb2
 from branchline.wire import convert
 from branchline.wire.status import RpcFailure
 from gateway.attempt import Attempt, AttemptFailedError, Completed
+from gateway.backend import Backend
 from gateway.journal import AttemptRecord, JournalEntry
-from gateway.leases import Leases, Placement
+from gateway.leases import Placement
 from gateway.output import Output
-from gateway.placement import Placer, Search, backoff
-from gateway.workers import WorkerPool
+from gateway.placement import Search, backoff
 
 logger = logging.getLogger(__name__)
 
@@ -29,26 +28,12 @@ LEG_MARGIN_S = 1.0
 Write = Callable[[gateway_pb2.GenerateResponse], Awaitable[None]]
 
 
-class Workers:
-    """The workers' side of the gateway, shared by all requests."""
-
-    def __init__(self, pool: WorkerPool, config: GatewayConfig) -> None:
-        self.pool = pool
-        self.config = config
-        self.leases = Leases(pool)
-        self.placer = Placer(pool, self.leases, patience_s=config.worker_wait_s)
-
-    async def close(self) -> None:
-        await self.leases.close()
-        await self.pool.close()
-
-
 class Relay:
     """Runs one request. The caller owns the deadline: it cancels `run` when the deadline has passed."""
 
-    def __init__(self, workers: Workers, entry: JournalEntry, output: Output, write: Write, until: float) -> None:
+    def __init__(self, backend: Backend, entry: JournalEntry, output: Output, write: Write, until: float) -> None:
         """`until` is the deadline on the monotonic clock."""
-        self._workers = workers
+        self._backend = backend
         self._entry = entry
         self._output = output
         self._write = write
@@ -65,7 +50,7 @@ class Relay:
             except AttemptFailedError as error:
                 if error.busy:
                     self._waiting_for_room = True
-                    await self._workers.pool.wait_for_change(next(pauses))
+                    await self._backend.pool.wait_for_change(next(pauses))
                 else:
                     self._check_attempts_left()
             else:
@@ -76,7 +61,7 @@ class Relay:
 
     def timed_out(self) -> RpcFailure:
         """What the passing of the deadline means for this request."""
-        if self._waiting_for_room and self._workers.pool.lacking_since is None:
+        if self._waiting_for_room and self._backend.pool.lacking_since is None:
             return RpcFailure(grpc.StatusCode.RESOURCE_EXHAUSTED, "all workers were busy until the deadline")
         details = f"the deadline passed after {len(self._entry.emitted)} tokens"
         if self._entry.failures:
@@ -86,7 +71,7 @@ class Relay:
     async def _attempt(self) -> Completed:
         """Places the request and follows it. Raises AttemptFailedError, after having noted it everywhere."""
         placement = await self._place()
-        pool = self._workers.pool
+        pool = self._backend.pool
         pair = placement.pair
         record = AttemptRecord(pair.prefill.address, pair.decode.address)
         self._entry.attempts.append(record)
@@ -94,7 +79,7 @@ class Relay:
             self._entry,
             placement,
             self._deliver,
-            stall_timeout_s=self._workers.config.stall_timeout_s,
+            stall_timeout_s=self._backend.config.stall_timeout_s,
             timeout_s=self._until - time.monotonic() + LEG_MARGIN_S,
         )
         reason, lease_done = "the request was cancelled", False
@@ -116,20 +101,20 @@ class Relay:
             if lease_done:
                 pool.note_room()
             else:
-                self._workers.leases.end(placement, reason)
+                self._backend.leases.end(placement, reason)
 
     async def _place(self) -> Placement:
         self._search.request = self._entry.next_request()
         self._search.attempt += 1
         self._waiting_for_room = True
-        placement = await self._workers.placer.place(self._search)
+        placement = await self._backend.placer.place(self._search)
         self._waiting_for_room = False
         return placement
 
     def _check_attempts_left(self) -> None:
         if time.monotonic() >= self._until:
             raise self.timed_out()
-        if len(self._entry.attempts) >= self._workers.config.max_attempts:
+        if len(self._entry.attempts) >= self._backend.config.max_attempts:
             raise RpcFailure(grpc.StatusCode.UNAVAILABLE, f"the request failed: {self._entry.failures}")
 
     async def _deliver(self, token_ids: Sequence[int]) -> bool:

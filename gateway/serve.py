@@ -11,10 +11,10 @@ import branchline.v1.gateway_pb2_grpc as gateway_pb2_grpc
 from branchline.config import Config
 from branchline.engine.models.locate import locate_model
 from branchline.wire.server import RpcServer
-from gateway.relay import Workers
+from gateway.backend import Backend
+from gateway.pool import WorkerPool, WorkersNotReadyError
 from gateway.service import GatewayService
 from gateway.tokens import Tokens
-from gateway.workers import WorkerPool, WorkersNotReadyError
 
 SERVICE = "branchline.v1.GatewayService"
 
@@ -45,19 +45,19 @@ async def serve(
     worker that is not HOST:PORT. Everything is closed when it returns or raises.
     """
     tokens = await asyncio.to_thread(_load_tokens, config.model.model, progress)
-    workers = Workers(WorkerPool(), config.gateway)
+    backend = Backend(config.gateway)
     server = RpcServer(config.gateway.host, config.gateway.grpc_port)
     try:
-        workers.pool.update(config.gateway.prefill_workers, config.gateway.decode_workers)
-        on_pool(workers.pool)
-        service = GatewayService(workers, tokens, config.gateway, config.model.model)
+        backend.pool.update(config.gateway.prefill_workers, config.gateway.decode_workers)
+        on_pool(backend.pool)
+        service = GatewayService(backend, tokens, config.model.model)
         server.add(SERVICE, service, gateway_pb2_grpc.add_GatewayServiceServicer_to_server)
-        if await _workers_ready(workers.pool, stop, config.ray.start_timeout_s, progress):
+        if await _workers_ready(backend.pool, stop, config.ray.start_timeout_s, progress):
             ready(await server.start())
             await stop.wait()
     finally:
         await server.stop(grace_s=0)
-        await workers.close()
+        await backend.close()
         tokens.close()
 
 

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 
 import grpc
 
-from branchline.config import GatewayConfig
 from branchline.core import InvalidRequestError
 from branchline.v1 import gateway_pb2, gateway_pb2_grpc
 from branchline.wire.status import RpcFailure
+from gateway.backend import Backend
 from gateway.output import Output
-from gateway.relay import Relay, Workers
+from gateway.relay import Relay
 from gateway.tokens import Tokens
 from gateway.validate import Limits, resolve
 from gateway.worker import Role, Worker
@@ -29,11 +29,11 @@ STATUS_TIMEOUT_S = 2.0
 class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
     """`active_requests` is the number of Generate calls that are being served."""
 
-    def __init__(self, workers: Workers, tokens: Tokens, config: GatewayConfig, model: str) -> None:
+    def __init__(self, backend: Backend, tokens: Tokens, model: str) -> None:
         self.active_requests = 0
-        self._workers = workers
+        self._backend = backend
+        self._config = backend.config
         self._tokens = tokens
-        self._config = config
         self._model = model
 
     async def Generate(  # noqa: N802 - named by the proto
@@ -48,7 +48,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
                 async with asyncio.timeout(timeout_s):
                     entry = await resolve(request, self._tokens, self._limits())
                     output = Output(self._tokens.detokenizer(), entry.stop)
-                    relay = Relay(self._workers, entry, output, context.write, until)
+                    relay = Relay(self._backend, entry, output, context.write, until)
                     await relay.run()
             except TimeoutError:
                 raise relay.timed_out() if relay else _deadline_passed() from None
@@ -58,7 +58,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
         request: gateway_pb2.GetInfoRequest,  # noqa: ARG002 - has no fields
         context: grpc.aio.ServicerContext,  # noqa: ARG002
     ) -> gateway_pb2.GetInfoResponse:
-        pool = self._workers.pool
+        pool = self._backend.pool
         workers = await asyncio.gather(*(_worker_info(worker) for worker in pool.workers))
         decode = next((w.status for w in pool.workers if w.role is Role.DECODE and w.status), None)
         return gateway_pb2.GetInfoResponse(
@@ -83,28 +83,28 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
             self.active_requests -= 1
 
     def _limits(self) -> Limits:
-        max_model_len = self._workers.pool.max_model_len
+        max_model_len = self._backend.pool.max_model_len
         if max_model_len is None:
             raise RpcFailure(grpc.StatusCode.UNAVAILABLE, "no worker has been seen yet")
         return Limits(max_model_len=max_model_len, max_tokens=self._config.max_tokens_limit)
 
 
 async def _worker_info(worker: Worker) -> gateway_pb2.WorkerInfo:
-    """What the worker says now; what it said last, as not healthy, when it does not answer."""
-    status = worker.status
-    healthy = False
+    """What the worker says now. Nothing is said of the load of one that does not answer: it may be long gone."""
     try:
         status = await worker.fetch_status(STATUS_TIMEOUT_S)
-        healthy = True
     except (RpcFailure, InvalidRequestError) as error:
         logger.info("%s: no status: %s", worker, error)
-    info = gateway_pb2.WorkerInfo(role=worker.role, address=worker.address, healthy=healthy)
-    if status:
-        info.blocks_total = status.blocks_total
-        info.blocks_used = status.blocks_used
-        info.requests = status.requests
-        info.tasks = status.tasks
-    return info
+        return gateway_pb2.WorkerInfo(role=worker.role, address=worker.address, healthy=False)
+    return gateway_pb2.WorkerInfo(
+        role=worker.role,
+        address=worker.address,
+        healthy=True,
+        blocks_total=status.blocks_total,
+        blocks_used=status.blocks_used,
+        requests=status.requests,
+        tasks=status.tasks,
+    )
 
 
 def _deadline_passed() -> RpcFailure:

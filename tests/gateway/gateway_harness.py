@@ -14,10 +14,9 @@ from branchline.config import GatewayConfig
 from branchline.v1 import gateway_pb2, gateway_pb2_grpc
 from branchline.wire.channels import open_channel
 from branchline.wire.server import RpcServer
-from gateway.relay import Workers
+from gateway.backend import Backend
 from gateway.service import GatewayService
 from gateway.tokens import Tokens
-from gateway.workers import WorkerPool
 
 PROMPT = (41, 42, 43)
 
@@ -42,7 +41,7 @@ class House:
 
     prefills: Sequence[ScriptedPrefill]
     decodes: Sequence[ScriptedDecode]
-    workers: Workers
+    backend: Backend
     service: GatewayService
     tokens: Tokens
     stub: Any
@@ -76,8 +75,8 @@ class House:
     def _idle(self) -> bool:
         return not (
             self.service.active_requests
-            or self.workers.pool.in_flight
-            or self.workers.leases.pending
+            or self.backend.pool.in_flight
+            or self.backend.leases.pending
             or any(prefill.running for prefill in self.prefills)
             or any(decode.leases for decode in self.decodes)
             or [t for t in asyncio.all_tasks() if t.get_name().startswith(("Attach", "Prefill", "abort"))]
@@ -92,14 +91,14 @@ async def house(
     async with contextlib.AsyncExitStack() as stack:
         started = [await stack.enter_async_context(running(worker)) for worker in [*prefills, *decodes]]
         addresses = [address for _, address in started]
-        workers = Workers(WorkerPool(), config)
-        stack.push_async_callback(workers.close)
-        workers.pool.update(addresses[: len(prefills)], addresses[len(prefills) :])
-        await eventually(lambda: sum(worker.healthy for worker in workers.pool.workers) == len(addresses))
-        service = GatewayService(workers, tokens, config, "scripted")
+        backend = Backend(config)
+        stack.push_async_callback(backend.close)
+        backend.pool.update(addresses[: len(prefills)], addresses[len(prefills) :])
+        await eventually(lambda: sum(worker.healthy for worker in backend.pool.workers) == len(addresses))
+        service = GatewayService(backend, tokens, "scripted")
         server = RpcServer("127.0.0.1", 0)
         server.add("branchline.v1.GatewayService", service, gateway_pb2_grpc.add_GatewayServiceServicer_to_server)
         channel = await stack.enter_async_context(open_channel(await server.start()))
         stack.push_async_callback(server.stop, 0)
         stub = gateway_pb2_grpc.GatewayServiceStub(channel)
-        yield House(prefills, decodes, workers, service, tokens, stub, [s for s, _ in started], addresses)
+        yield House(prefills, decodes, backend, service, tokens, stub, [s for s, _ in started], addresses)

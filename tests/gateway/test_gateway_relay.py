@@ -113,9 +113,9 @@ async def test_the_only_decode_worker_comes_back_elsewhere(tokens: Tokens) -> No
         await eventually(lambda: h.decodes[0].leases)
         await asyncio.sleep(0.1)
         # From another thread, as the cluster's supervisor does; the old worker still runs.
-        await asyncio.to_thread(h.workers.pool.update, h.addresses[:1], [new[1]])
+        await asyncio.to_thread(h.backend.pool.update, h.addresses[:1], [new[1]])
         assert (await task).finished.failovers == 1
-        assert h.workers.pool.tasks == 2
+        assert h.backend.pool.tasks == 2
         await h.idle()
 
 
@@ -140,7 +140,7 @@ async def test_a_hung_prefill_worker(tokens: Tokens) -> None:
 async def test_a_queue_at_the_prefill_worker_is_no_stall(tokens: Tokens) -> None:
     prefill = ScriptedPrefill(slow_s=2.5, computing=True)
     async with house(tokens, [prefill], [ScriptedDecode()], stall_timeout_s=1.5) as h:
-        await eventually(lambda: h.workers.pool.workers[0].progressed_within(1.0), 5)
+        await eventually(lambda: h.backend.pool.workers[0].progressed_within(1.0), 5)
         assert (await h.complete(4)).finished.failovers == 0
 
 
@@ -194,7 +194,7 @@ async def test_the_gateways_own_deadline(tokens: Tokens) -> None:
         error = await refused(h.call(100, timeout=None))
         assert error.code() is Code.DEADLINE_EXCEEDED
         await h.idle()
-        assert h.workers.pool.pairs().fitting[0].decode.cost == (False, 0)  # time was up; no worker is to blame
+        assert h.backend.pool.pairs().fitting[0].decode.cost == (False, 0)  # time was up; no worker is to blame
 
 
 async def test_the_clients_deadline(tokens: Tokens) -> None:
@@ -323,7 +323,7 @@ async def test_no_worker_of_a_role(tokens: Tokens) -> None:
         assert time.monotonic() - begin < 5
         await h.idle()
         async with running(ScriptedDecode(), int(h.addresses[1].rpartition(":")[2])):
-            await eventually(lambda: h.workers.pool.pairs().fitting, 5)
+            await eventually(lambda: h.backend.pool.pairs().fitting, 5)
             await h.complete(5)  # serving resumes by itself
 
 

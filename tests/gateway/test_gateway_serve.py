@@ -23,9 +23,9 @@ from branchline.engine.models.errors import ModelError
 from branchline.v1 import gateway_pb2, gateway_pb2_grpc
 from branchline.wire.channels import open_channel
 from branchline.wire.server import PortInUseError
+from gateway.pool import WorkerPool, WorkersNotReadyError
 from gateway.serve import serve
 from gateway.tokens import Tokens
-from gateway.workers import WorkerPool, WorkersNotReadyError
 
 pytestmark = [pytest.mark.wire, pytest.mark.timeout(120)]
 

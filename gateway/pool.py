@@ -52,14 +52,21 @@ class Pairs:
     misfit: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Watch:
+    """The task that polls a worker, and the event that makes it poll at once."""
+
+    task: asyncio.Task[None]
+    poke: asyncio.Event
+
+
 class WorkerPool:
     """Polls every worker once a second. Belongs to one event loop; `update` alone may be called from any thread."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._workers: dict[tuple[Role, str], Worker] = {}
-        self._watchers: dict[Worker, asyncio.Task[None]] = {}
-        self._pokes: dict[Worker, asyncio.Event] = {}
+        self._watches: dict[Worker, _Watch] = {}
         self._background = Background()
         self._changed = asyncio.Event()
         self._closed = False
@@ -74,7 +81,8 @@ class WorkerPool:
         wanted = [(Role.PREFILL, address) for address in prefill] + [(Role.DECODE, address) for address in decode]
         for _, address in wanted:
             _check_address(address)
-        self._loop.call_soon_threadsafe(self._replace, wanted)
+        if not self._closed:
+            self._loop.call_soon_threadsafe(self._replace, wanted)
 
     async def close(self) -> None:
         """Stops polling and closes all channels."""
@@ -123,8 +131,8 @@ class WorkerPool:
         for worker in workers:
             worker.healthy = False
             worker.avoid(AVOID_S)
-            if worker in self._pokes:
-                self._pokes[worker].set()
+            if watch := self._watches.get(worker):
+                watch.poke.set()
         self._note_health()
 
     @contextlib.contextmanager
@@ -158,18 +166,17 @@ class WorkerPool:
         for key in [key for key in self._workers if key not in wanted]:
             worker = self._workers.pop(key)
             worker.healthy = False
-            self._watchers.pop(worker).cancel()
-            del self._pokes[worker]
+            self._watches.pop(worker).task.cancel()
         for role, address in wanted:
             if (role, address) not in self._workers:
                 worker = Worker(role, address)
                 self._workers[role, address] = worker
-                self._pokes[worker] = asyncio.Event()
-                self._watchers[worker] = self._background.spawn(self._watch(worker), f"watch {worker}")
+                poke = asyncio.Event()
+                task = self._background.spawn(self._watch(worker, poke), f"watch {worker}")
+                self._watches[worker] = _Watch(task, poke)
         self._note_health()
 
-    async def _watch(self, worker: Worker) -> None:
-        poke = self._pokes[worker]
+    async def _watch(self, worker: Worker, poke: asyncio.Event) -> None:
         late = 0
         try:
             while True:
