@@ -5,7 +5,8 @@
 Runs `vllm.LLM` (not our provider) with method `eagle3` and a chain of drafts, greedily, over the first turns of a file
 in Spec-Bench's format (`question_id`, `category`, `turns`), each formatted by the model's chat template with a
 generation prompt. Prints one JSON object. The counters are vLLM's own; a step is one target forward of one request
-that verified a draft, and emits the accepted tokens and one more.
+that verified a draft, and emits the accepted tokens and one more. `mean_acceptance_length` counts tokens accepted past
+the end of a request too, as vLLM does; `emitted_per_step` only those that were put out, without the prefill's.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from typing import Any
 
 def main() -> None:
     options = parse_options()
-    # Both are read by vLLM and Hugging Face on import. No binding: the caller decides which cores to use.
-    os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    # Read by vLLM and Hugging Face on import. No binding: the caller decides which cores to use.
+    os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING"}
     from branchline.engine.models.locate import locate_draft, locate_model
 
     model = locate_model(options.model, lambda line: print(line, file=sys.stderr))
@@ -51,15 +52,10 @@ def parse_options() -> argparse.Namespace:
 
 def measure(options: argparse.Namespace, model: Path, draft: Path, turns: list[str]) -> dict[str, Any]:
     from transformers import AutoTokenizer
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, SamplingParams, TokensPrompt
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    prompts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": turn}], add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        for turn in turns
-    ]
+    prompts = [encode(tokenizer, turn) for turn in turns]
     llm = LLM(
         model=str(model),
         dtype=options.dtype,
@@ -72,28 +68,37 @@ def measure(options: argparse.Namespace, model: Path, draft: Path, turns: list[s
     )
     started = time.monotonic()
     outputs = llm.generate(
-        [{"prompt_token_ids": prompt} for prompt in prompts],
+        [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
         SamplingParams(temperature=0.0, max_tokens=options.max_tokens),
         use_tqdm=False,
     )
     seconds = time.monotonic() - started
-    counters = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
+    counters = {metric.name: int(getattr(metric, "value", 0)) for metric in llm.get_metrics()}
     steps, drafted, accepted = (
         counters[f"vllm:spec_decode_num_{name}"] for name in ("drafts", "draft_tokens", "accepted_tokens")
     )
+    output_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
     return {
         "mean_acceptance_length": round((steps + accepted) / steps, 4),
+        "emitted_per_step": round((output_tokens - len(prompts)) / steps, 4),
         "steps": steps,
         "drafted": drafted,
         "accepted": accepted,
         "prompts": len(prompts),
         "prompt_tokens": sum(map(len, prompts)),
-        "output_tokens": sum(len(output.outputs[0].token_ids) for output in outputs),
+        "output_tokens": output_tokens,
         "seconds": round(seconds, 1),
         "settings": {name: str(value) for name, value in vars(options).items() if name != "prompts"},
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")} | vllm_version(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
     }
+
+
+def encode(tokenizer: Any, turn: str) -> list[int]:
+    """A user's turn in the chat template, with the template's own system prompt where it has one."""
+    messages = [{"role": "user", "content": turn}]
+    token_ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return token_ids
 
 
 def vllm_version() -> dict[str, str]:
