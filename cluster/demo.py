@@ -8,13 +8,14 @@ left. Exit code 0 when all of that went well, 1 when something was left or an an
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import socket
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import psutil
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 PROMPTS = (
     "Why is the sky blue? Answer in three sentences.",
     "Write a Python function that returns the n-th Fibonacci number.",
-    "Give me a simple recipe for tomato soup, step by step.",
+    "What is the capital of France, and what is it known for?",
 )
 MAX_TOKENS = 96
 ANSWER_TIMEOUT_S = 120.0
@@ -61,8 +62,8 @@ class Demo:
     def __init__(self) -> None:
         self.addresses: list[str] = []
 
-    def ask_all(self, system: System, stopping: Stopping) -> int:
-        with Client(system.gateways[0]) as client:
+    def ask_all(self, system: System, stopping: Stopping, out: TextIO) -> int:
+        with Client(system.gateways[0]) as client, contextlib.redirect_stdout(out):
             self.addresses = [*system.gateways, *(worker.address for worker in client.info().workers)]
             for prompt in PROMPTS:
                 if stopping():

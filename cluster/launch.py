@@ -9,6 +9,7 @@ progress goes to standard error. Exit code 0 after a clean stop, 2 for a mistake
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from branchline.config import ConfigError
 from cluster.flags import add_serve_flags, config_from
@@ -38,11 +39,11 @@ def serve(arguments: argparse.Namespace) -> int:
     return run(arguments, _serve_until_stopped)
 
 
-def run(arguments: argparse.Namespace, use: Callable[[System, Stopping], int]) -> int:
+def run(arguments: argparse.Namespace, use: Callable[[System, Stopping, TextIO], int]) -> int:
     """Starts the system that the parsed flags describe, hands it to `use` and ends it; returns the exit code.
 
-    `use` returns the exit code of its own part, and returns soon when its second argument turns true: after SIGINT
-    or SIGTERM.
+    `use` gets the standard output, which meanwhile is nobody else's: Ray's notices go to standard error. It returns
+    the exit code of its own part, and soon when its second argument turns true: after SIGINT or SIGTERM.
     """
     try:
         config = config_from(arguments, os.environ)
@@ -58,10 +59,14 @@ def run(arguments: argparse.Namespace, use: Callable[[System, Stopping], int]) -
     from cluster.supervisor import StartError, StartInterruptedError
     from cluster.system import running_system
 
+    out = sys.stdout
     try:
-        with running_system(config, os.environ, progress, stop.is_set, verbose=arguments.verbose) as system:
+        with (
+            contextlib.redirect_stdout(sys.stderr),
+            running_system(config, os.environ, progress, stop.is_set, verbose=arguments.verbose) as system,
+        ):
             stop.install()  # ray.init has put its own handler in place
-            code = use(system, stop.is_set)
+            code = use(system, stop.is_set, out)
     except StartInterruptedError:
         code = EXIT_OK
     except ModelError as error:
@@ -79,11 +84,11 @@ def fail(message: str, code: int) -> int:
     return code
 
 
-def _serve_until_stopped(system: System, stopping: Stopping) -> int:
+def _serve_until_stopped(system: System, stopping: Stopping, out: TextIO) -> int:
     first, *others = system.gateways
-    print(f"ready grpc={first}", flush=True)
+    print(f"ready grpc={first}", file=out, flush=True)
     for address in others:
-        print(f"gateway grpc={address}", flush=True)
+        print(f"gateway grpc={address}", file=out, flush=True)
     system.watch(stopping)
     return EXIT_OK
 
