@@ -147,8 +147,14 @@ class HandoffReceiver:
         arrived.next_index += 1
         engine, lease_id = self._sessions.engine, self._session.lease.lease_id
         imported = self._sessions.thread.submit_bulk(len(data), engine.import_kv, lease_id, span, data)
-        imported.add_done_callback(_seen)
+        imported.add_done_callback(self._on_imported)
         self._imports.append((arrived.next_index, imported))
+
+    def _on_imported(self, imported: asyncio.Future[None]) -> None:
+        """A frame that counts as arrived but isn't in the cache costs the lease, whether or not the stream lives."""
+        error = None if imported.cancelled() else imported.exception()
+        if error is not None:
+            self._sessions.abort(self._session.lease.lease_id, f"a frame could not be taken over: {error}")
 
     def _take_draft(self, frame: decode_pb2.DraftFrame) -> None:
         if not self._is_next(frame.index):

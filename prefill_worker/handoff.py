@@ -26,7 +26,9 @@ HEARTBEAT_S = 1.0
 #: Pauses before a broken stream is opened again; after the last attempt the hand-off has failed.
 RESUME_AFTER_S = (0.05, 0.2, 0.5)
 
-_RESUMABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DATA_LOSS)
+#: INTERNAL: what gRPC says of a write that met the end of its call, in place of the status that ended it. The next
+#: stream gets the real reason.
+_RESUMABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DATA_LOSS, grpc.StatusCode.INTERNAL)
 
 #: What an answer of the decode worker means to the gateway, where it isn't what the code says to us.
 _MEANING = {

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from decode_worker.leases import _NEXT, Lease, LeaseEndedError, LeaseState, LeaseTable, UnknownLeaseError
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from branchline.engine.blocks import BlockPool, OutOfBlocksError, blocks_for
+from decode_worker.leases import _NEXT, Lease, LeaseEndedError, LeaseState, LeaseTable, UnknownLeaseError
 
 LEASES = st.integers(0, 30)
 

@@ -10,17 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import decode_worker.serve
 import grpc
-import prefill_worker.serve
 import torch
 from transformers import PreTrainedModel
 
+import decode_worker.serve
+import prefill_worker.serve
 from branchline.config import Config, from_mapping
 from branchline.core import Request
 from branchline.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, types_pb2
 from branchline.wire.channels import open_channel
-from branchline.wire.convert import fingerprint_from_proto, request_to_proto
+from branchline.wire.convert import request_to_proto
 
 TIMEOUT_S = 20.0
 
@@ -121,19 +121,31 @@ class Driver:
         )
 
     async def complete(self, request: Request) -> Outcome:
-        """The whole way of one request, as the gateway goes it. Checks the indices."""
-        lease = await self.reserve(request)
+        """The whole way of one request, as the gateway goes it: cancelled anywhere, it gives its lease back."""
+        reserving = asyncio.ensure_future(self.reserve(request))
+        try:
+            lease = await asyncio.shield(reserving)
+            return await self._complete(request, lease)
+        finally:
+            lease = await reserving
+            await self.abort(lease)
+
+    async def _complete(self, request: Request, lease: decode_pb2.ReserveResponse) -> Outcome:
         stream = await self.attach(lease.lease_id, request)
         outcome = Outcome()
-        async for event in self.start_prefill(request, lease):
-            if event.WhichOneof("event") == "first_token":
-                outcome.token_ids.append(event.first_token.token_id)
-                outcome.finish = event.first_token.finish_reason
-        if outcome.finish:
-            await self.decode.Abort(decode_pb2.AbortRequest(lease_id=lease.lease_id), timeout=TIMEOUT_S)
-            return outcome
-        await self.relay(stream, request, outcome)
+        try:
+            async for event in self.start_prefill(request, lease):
+                if event.WhichOneof("event") == "first_token":
+                    outcome.token_ids.append(event.first_token.token_id)
+                    outcome.finish = event.first_token.finish_reason
+            if not outcome.finish:
+                await self.relay(stream, request, outcome)
+        finally:
+            stream.cancel()
         return outcome
+
+    async def abort(self, lease: decode_pb2.ReserveResponse) -> None:
+        await self.decode.Abort(decode_pb2.AbortRequest(lease_id=lease.lease_id), timeout=TIMEOUT_S)
 
     async def relay(self, stream: Any, request: Request, outcome: Outcome) -> None:
         while (event := await stream.read()) is not grpc.aio.EOF:
@@ -148,18 +160,21 @@ class Driver:
                 assert at == len(outcome.token_ids), "a token was lost or came twice"
                 outcome.token_ids += tokens
 
+    async def prefill_idle(self) -> bool:
+        status = await self.prefill.GetStatus(prefill_pb2.PrefillServiceGetStatusRequest(), timeout=TIMEOUT_S)
+        return status.blocks_used == status.queued == status.tasks == 0
+
+    async def decode_idle(self) -> bool:
+        status = await self.decode.GetStatus(decode_pb2.DecodeServiceGetStatusRequest(), timeout=TIMEOUT_S)
+        return status.blocks_used == status.leases == status.running == status.tasks == 0
+
     async def wait_until_idle(self, timeout_s: float = 1.0) -> None:
         """Nothing is in use on either side within `timeout_s`."""
 
         async def idle() -> bool:
-            prefill, decode = await self.status()
-            self.last = (prefill, decode)
-            return (
-                prefill.blocks_used == prefill.queued == prefill.tasks == 0
-                and decode.blocks_used == decode.leases == decode.running == decode.tasks == 0
-            )
+            return await self.prefill_idle() and await self.decode_idle()
 
-        await eventually(idle, timeout_s, lambda: f"still in use: {self.last}")
+        await eventually(idle, timeout_s, lambda: "blocks, leases or tasks are still in use")
 
 
 async def eventually(condition: Callable[[], Any], timeout_s: float, what: Callable[[], str]) -> None:
@@ -185,19 +200,24 @@ async def running(serve: Any, config: Config) -> AsyncIterator[str]:
 
 
 @contextlib.asynccontextmanager
-async def running_workers(prefill: Config, decode: Config | None = None) -> AsyncIterator[Driver]:
-    async with (
-        running(prefill_worker.serve.serve, prefill) as prefill_address,
-        running(decode_worker.serve.serve, decode or prefill) as decode_address,
-        open_channel(prefill_address) as prefill_channel,
-        open_channel(decode_address) as decode_channel,
-    ):
+async def connected(prefill_address: str, decode_address: str) -> AsyncIterator[Driver]:
+    async with open_channel(prefill_address) as prefill_channel, open_channel(decode_address) as decode_channel:
         yield Driver(
             prefill_pb2_grpc.PrefillServiceStub(prefill_channel),
             decode_pb2_grpc.DecodeServiceStub(decode_channel),
             prefill_address,
             decode_address,
         )
+
+
+@contextlib.asynccontextmanager
+async def running_workers(prefill: Config, decode: Config | None = None) -> AsyncIterator[Driver]:
+    async with (
+        running(prefill_worker.serve.serve, prefill) as prefill_address,
+        running(decode_worker.serve.serve, decode or prefill) as decode_address,
+        connected(prefill_address, decode_address) as driver,
+    ):
+        yield driver
 
 
 async def code_of(call: Any) -> grpc.StatusCode:
@@ -207,6 +227,3 @@ async def code_of(call: Any) -> grpc.StatusCode:
     except grpc.aio.AioRpcError as error:
         return error.code()
     raise AssertionError(f"did not fail: {result}")
-
-
-__all__ = ["Driver", "Outcome", "Tiny", "code_of", "eventually", "fingerprint_from_proto", "running", "running_workers"]
