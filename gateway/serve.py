@@ -71,6 +71,7 @@ async def _workers_ready(
     pool: WorkerPool, stop: asyncio.Event, timeout_s: float, progress: Callable[[str], None]
 ) -> bool:
     """Waits for one pair that can share KV; False when `stop` was set first."""
+    await asyncio.sleep(0)  # the pool takes its addresses in the loop's next turn
     until = time.monotonic() + timeout_s
     report_at = time.monotonic()
     while not (pairs := pool.pairs()).fitting:

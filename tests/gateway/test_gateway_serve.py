@@ -120,10 +120,15 @@ async def test_stopped_before_workers_came(model: str) -> None:
 
 
 async def test_workers_that_never_come(model: str) -> None:
+    lines: list[str] = []
     with pytest.raises(WorkersNotReadyError, match=r"prefill worker 127\.0\.0\.1:1"):
         await serve(
-            config(model, prefill="127.0.0.1:1", start_timeout_s=0.5), ready=lambda _: None, stop=asyncio.Event()
+            config(model, prefill="127.0.0.1:1", start_timeout_s=0.5),
+            ready=lambda _: None,
+            stop=asyncio.Event(),
+            progress=lines.append,
         )
+    assert lines[-1] == "gateway: waiting for prefill worker 127.0.0.1:1"
 
 
 async def test_workers_that_do_not_fit(model: str) -> None:
