@@ -30,6 +30,7 @@ def test_an_upload_is_small_and_complete() -> None:
                     files[path] = file
     assert {"branchline/core.py", "cluster/__init__.py", "gateway/__init__.py"} <= files.keys()
     assert "branchline/assets/smollm2-135m-instruct-eagle3/model.safetensors" in files
+    assert "deploy/ray/config.yaml" in files
     assert not any(path.startswith(("tests/", "benchmarks/", "docs/")) for path in files)
     assert ignored.match_file(".git/HEAD")
     assert ignored.match_file(".venv/bin/python")

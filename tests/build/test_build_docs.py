@@ -8,10 +8,9 @@ import subprocess
 import sys
 
 import pytest
-import yaml
 
 import branchline.client
-from branchline.config import from_mapping
+from branchline.config import load
 from tools.lock import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,10 +38,14 @@ def test_the_sdk_example_uses_names_that_exist() -> None:
     assert options - {"end", "flush"} <= set(branchline.client.GenerateOptions.__annotations__)
 
 
-def test_the_configuration_is_one() -> None:
-    config = from_mapping(yaml.safe_load(_block("yaml")))
-    assert config.gateway.decode_workers == (f"127.0.0.1:{config.decode.port}",)
-    assert config.gateway.prefill_workers == (f"127.0.0.1:{config.prefill.port}",)
+def test_the_configurations_by_hand_fit_together() -> None:
+    files = set(re.findall(r"--config (\S+\.yaml)", README))
+    assert len(files) == 3
+    configs = {path: load(ROOT / path) for path in files}
+    worker, gateway = configs["deploy/local/worker.yaml"], configs["deploy/local/gateway.yaml"]
+    assert gateway.gateway.decode_workers == (f"127.0.0.1:{worker.decode.port}",)
+    assert gateway.gateway.prefill_workers == (f"127.0.0.1:{worker.prefill.port}",)
+    assert f'Client("127.0.0.1:{gateway.gateway.grpc_port}")' in README
 
 
 def test_commands_and_flags_exist() -> None:
