@@ -25,7 +25,8 @@ from typing import Any
 def main() -> None:
     options = parse_options()
     # Read by vLLM and Hugging Face on import. No binding: the caller decides which cores to use.
-    os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING"}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    os.environ |= {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
     from branchline.engine.models.locate import locate_draft, locate_model
 
     model = locate_model(options.model, lambda line: print(line, file=sys.stderr))
