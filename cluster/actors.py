@@ -11,6 +11,7 @@ from typing import Protocol
 import ray
 
 from branchline.config import Config
+from branchline.wire.memory import keep_large_buffers
 from cluster.shell import RoleThread, State, Status
 
 WILDCARD_HOSTS = ("0.0.0.0", "[::]", "::")
@@ -43,6 +44,8 @@ class RoleActor:
     def __init__(self, serve_path: str, *, routes: bool = False) -> None:
         """`routes`: the role sends requests to workers, and can be told their addresses (a gateway)."""
         logging.basicConfig(level=logging.WARNING)
+        if not routes:
+            keep_large_buffers()  # KV frames
         self._role = RoleThread(serve_path)
         self._routes = routes
         self._pool: WorkerPool | None = None

@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace, use: Callable[[System, Stopping, TextIO],
             code = use(system, stop.is_set, out)
     except StartInterruptedError:
         code = EXIT_OK
-    except ModelError as error:
+    except (ConfigError, ModelError) as error:
         return fail(str(error), EXIT_USAGE)
     except StartError as error:
         return fail(str(error), EXIT_USAGE if error.user_error else EXIT_FAILED)

@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from branchline.config import Config
+from branchline.config import Config, ConfigError
 from cluster.actors import RoleActor
 
 #: Import paths of the roles' `serve` coroutines.
@@ -24,14 +24,10 @@ PORT_FIELDS = {"prefill": "prefill.port", "decode": "decode.port", "gateway": "g
 #: Cores from which on each worker is pinned to its own (docs/architecture.md, section 9).
 MIN_CORES_TO_PIN = 4
 
-#: Read when a process starts, so they are set for it rather than in it. Waiting OpenMP threads must not spin, or
-#: two workers on the same cores stall each other; the allocator must keep large buffers, or each gRPC message
-#: of a MiB pays for fresh pages.
+#: Read by libraries when they are imported, so they are set for the process rather than in it. Waiting OpenMP
+#: threads must not spin, or two workers on the same cores stall each other.
 PROCESS_ENV = {
     "OMP_WAIT_POLICY": "PASSIVE",
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
-    "MALLOC_TOP_PAD_": str(1 << 26),
     "VLLM_LOGGING_LEVEL": "WARNING",
     "TOKENIZERS_PARALLELISM": "false",
 }
@@ -57,7 +53,7 @@ class Seat:
 
 
 def plan(config: Config, cores: Sequence[int] = (), serve_paths: Mapping[str, str] = SERVE_PATHS) -> list[Seat]:
-    """The actors for a configuration, workers first, gateways last.
+    """The actors for a configuration, workers first, gateways last. Raises ConfigError for a claim that can't work.
 
     `cores` are those that a local Ray may use: with enough of them each CPU worker gets its own. On a Ray that
     others use too (no cores given) nothing is pinned, and a worker computes with as many threads as it claims CPUs.
@@ -67,6 +63,8 @@ def plan(config: Config, cores: Sequence[int] = (), serve_paths: Mapping[str, st
     seats = []
     for role in (*WORKER_ROLES, "gateway"):
         part = getattr(config, role)
+        if role != "gateway" and config.model.device == "cuda" and part.num_gpus == 0:
+            raise ConfigError(f"{role}.num_gpus: must be above 0 with model.device cuda: Ray hides unclaimed GPUs")
         base_port = part.grpc_port if role == "gateway" else part.port
         for index in range(part.replicas):
             pinned = shares.get((role, index), ())

@@ -35,10 +35,10 @@ def repository_root() -> Path:
 
 
 @contextlib.contextmanager
-def local_ray(cpus: float, gpus: float, report: Report, *, verbose: bool = False) -> Iterator[Path]:
+def local_ray(cpus: float, report: Report, *, gpus: int | None = None, verbose: bool = False) -> Iterator[Path]:
     """Starts a Ray for this process alone, on the loopback interface; ends it and removes its files.
 
-    Yields its directory, which is removed at the end.
+    Yields its directory, which is removed at the end. `gpus` None: those that the machine has.
 
     Ray's CPUs are tickets for placement, not cores. On a Ray of our own there is nobody else to be kept out, so it
     is given as many tickets as the system asks for: three actors of one CPU each also start on two cores.
@@ -51,7 +51,7 @@ def local_ray(cpus: float, gpus: float, report: Report, *, verbose: bool = False
             ray.init(
                 address="local",
                 num_cpus=max(1, math.ceil(cpus)),
-                num_gpus=math.ceil(gpus),
+                num_gpus=gpus,
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
                 log_to_driver=verbose,

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+import ray
+
 from branchline.client import Client
 from branchline.config import Config
 from branchline.engine.models.locate import locate_draft, locate_model
@@ -46,7 +48,7 @@ def running_system(
 ) -> Iterator[System]:
     """Starts a system and yields it as soon as the first request can be answered; ends all that it has started.
 
-    Raises ModelError, StartError, SessionError, or StartInterruptedError when told to stop before it was ready.
+    Raises ConfigError, ModelError, StartError, SessionError, or StartInterruptedError when told to stop too early.
     """
     local = config.ray.address in ("", "local")
     in_job = JOB_MARK in environ
@@ -57,12 +59,20 @@ def running_system(
             locate_model(config.model.model, report)
             locate_draft(config.model.draft, config.model.model, report)
             seats = plan(config, sorted(os.sched_getaffinity(0)))
-            session = local_ray(needed_cpus(seats), needed_gpus(seats), report, verbose=verbose)
-            env |= local_env(environ, stack.enter_context(session))
+            session = stack.enter_context(local_ray(needed_cpus(seats), report, verbose=verbose))
+            env |= local_env(environ, session)
+            _check_gpus(seats)
         else:
             seats = plan(config)
             stack.enter_context(joined_ray(config.ray.address, report, in_job=in_job, verbose=verbose))
         yield stack.enter_context(_supervised(config, seats, env, report, stopping, JOB_GRACE_S if in_job else GRACE_S))
+
+
+def _check_gpus(seats: list[Seat]) -> None:
+    """No node will ever join a local Ray, so that waiting for a GPU would be in vain."""
+    needed, present = needed_gpus(seats), ray.cluster_resources().get("GPU", 0)
+    if needed > present:
+        raise StartError(f"num_gpus: the system claims {needed:g} GPUs, this machine has {present:g}", user_error=True)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from branchline.config import Config
+from branchline.config import Config, ConfigError
 from cluster.actors import reachable
 from cluster.placement import Seat, needed_cpus, needed_gpus, plan
 
@@ -44,6 +44,11 @@ def test_cores_follow_num_cpus() -> None:
 def test_workers_on_gpus_are_not_pinned() -> None:
     placed = seats(range(8), **{"prefill.num_gpus": 1, "decode.num_gpus": 0})
     assert (placed["prefill 0"].cores, placed["decode 0"].cores) == ((), tuple(range(8)))
+
+
+def test_cuda_without_a_claim_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^decode.num_gpus: must be above 0"):
+        seats(**{"model.device": "cuda", "prefill.num_gpus": 1})
 
 
 def test_on_a_shared_ray_threads_follow_the_claim() -> None:

@@ -108,6 +108,12 @@ def test_a_mistake_is_told_and_leaves_nothing(flags: list[str], message: str) ->
     _assert_refused(flags, message)
 
 
+def test_a_missing_gpu_is_told(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("decode: {num_gpus: 99}\n")
+    _assert_refused(["--config", str(config)], "num_gpus: the system claims 99 GPUs, this machine has ")
+
+
 def test_a_busy_port_is_told_and_leaves_nothing() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import ray
-from cluster_helpers import HERE, listens, nothing_left, wait_until
+from cluster_helpers import HERE, free_port, listens, nothing_left, wait_until
 
 from branchline.config import Config
 from cluster.placement import create_actor, plan
@@ -26,7 +26,7 @@ def env() -> Iterator[dict[str, str]]:
     """A local Ray with four pretended GPUs; yields the environment that lets actors import the test roles."""
     with pytest.MonkeyPatch.context() as patch, nothing_left() as directory:
         patch.setattr("tempfile.tempdir", str(directory))
-        with local_ray(cpus=8, gpus=4, report=print) as session:
+        with local_ray(8, print, gpus=4) as session:
             yield local_env({"PYTHONPATH": str(HERE)}, session)
 
 
@@ -84,6 +84,19 @@ def test_starts_tells_progress_restarts_and_ends(env: dict[str, str], lines: lis
     finally:
         supervisor.close(5)
     wait_until(lambda: not any(map(listens, addresses)), 5, "all ports closed")
+
+
+def test_several_of_each(env: dict[str, str], lines: list[str]) -> None:
+    port = free_port()
+    config = small(**{"prefill.replicas": 2, "decode.replicas": 2, "gateway.replicas": 2, "gateway.grpc_port": port})
+    supervisor = supervise(config, env, lines)
+    try:
+        assert supervisor.start(60) == [f"127.0.0.1:{port}", f"127.0.0.1:{port + 1}"]
+        prefill0, prefill1, decode0, decode1, *_ = (member.address for member in supervisor.members)
+        told = {f"gateway {number}: workers {prefill0} {prefill1} | {decode0} {decode1}" for number in (0, 1)}
+        wait_until(lambda: supervisor.round() or told <= set(lines), 10, "both gateways hear of all workers")
+    finally:
+        supervisor.close(5)
 
 
 def test_a_wrong_configuration_is_told_in_its_own_words(env: dict[str, str], lines: list[str]) -> None:
