@@ -8,12 +8,11 @@ from pathlib import Path
 import torch
 from model_helpers import head_config, head_tensors, save_head, save_tiny_model, tiny_config
 
-from branchline.config import Config, EngineConfig, ModelConfig
-from branchline.core import DraftTree, FinishReason, KvPart, KvSpan, Request
-from branchline.engine.decode import Allocation, DecodeRunner
+from benchmarks.offline import Pipeline
+from branchline.config import EngineConfig, ModelConfig
+from branchline.core import Request
 from branchline.engine.models.load import load_models
 from branchline.engine.models.protocol import DraftSpec, KvGeometry, Models, TargetSpec
-from branchline.engine.prefill import PrefillRunner
 from branchline.engine.sequence import KvCaches
 from branchline.engine.tree import TreeTopology, parse_tree
 
@@ -57,64 +56,18 @@ def load_tiny(pair: tuple[Path, Path], draft: bool = True) -> Models:
     return load_models(config, EngineConfig(threads=1))
 
 
-class Pipeline:
-    """A prefill and a decode runner in one process, with the hand-off's bytes between them."""
+class TinyPipeline(Pipeline):
+    """Small caches, and settings by name; `run_text` returns tokens alone."""
 
     def __init__(self, models: Models, tree: TreeTopology | str, **engine: int) -> None:
-        settings = dataclasses.replace(Config().engine, **{"kv_cache_mib": 8, "block_size": 4} | engine)
-        tree = parse_tree(tree) if isinstance(tree, str) else tree
-        self.prefill = PrefillRunner(models, settings, tree)
-        self.decode = DecodeRunner(models, settings, tree)
-        self.forwards: dict[str, int] = {}
+        settings = dataclasses.replace(EngineConfig(), **{"kv_cache_mib": 8, "block_size": 4} | engine)
+        super().__init__(models, parse_tree(tree) if isinstance(tree, str) else tree, settings)
+        self.forwards = 0
 
-    def hand_off(
-        self, request: Request, ship_draft: bool = True
-    ) -> tuple[Allocation, int, DraftTree, FinishReason | None]:
-        """Prefills and starts decoding, unless the first token ends the request."""
-        allocation = self.decode.allocate(request.max_length)
-        task = self.prefill.begin(request)
-        kv = self.prefill.target_kv
-        while not task.done:
-            tokens = self.prefill.advance(task)
-            span = KvSpan(KvPart.TARGET, (0, kv.num_layers), (0, kv.num_kv_heads), tokens)
-            self.decode.import_kv(allocation, span, self.prefill.export(task, span))
-        first, finish = self.prefill.first_token(task)
-        tree = self.prefill.draft(task) if ship_draft else DraftTree()
-        ship_draft = ship_draft and self.prefill.draft_kv is not None
-        if ship_draft and self.prefill.draft_kv:
-            kv = self.prefill.draft_kv
-            span = KvSpan(KvPart.DRAFT, (0, kv.num_layers), (0, kv.num_kv_heads), (1, len(request.context) + 1))
-            self.decode.import_kv(allocation, span, self.prefill.export(task, span))
-        self.prefill.release(task)
-        if finish is None:
-            self.decode.start(allocation, request, first, tree, ship_draft)
-        return allocation, first, tree, finish
-
-    def run(self, requests: list[Request], in_flight: int = 1, ship_draft: bool = True) -> dict[str, list[int]]:
-        """All requests to their ends, `in_flight` at a time; returns the tokens of each."""
-        outputs: dict[str, list[int]] = {}
-        waiting = list(requests)
-        live: dict[int, str] = {}
-        while waiting or live:
-            while waiting and len(live) < in_flight:
-                request = waiting.pop(0)
-                allocation, first, _, finish = self.hand_off(request, ship_draft)
-                outputs[request.request_id] = [first]
-                self.forwards[request.request_id] = 0
-                if finish is None:
-                    live[allocation.slot] = request.request_id
-                else:
-                    self.decode.release(allocation)
-            for result in self.decode.step():
-                name = live[result.allocation.slot]
-                outputs[name] += result.token_ids
-                self.forwards[name] += 1
-                if result.finish is not None:
-                    del live[result.allocation.slot]
-                    self.decode.release(result.allocation)
-            self.decode.check_integrity()
-        assert self.decode.pool.used == self.prefill.pool.used == self.decode.running == 0
-        return outputs
+    def run_text(self, requests: list[Request], in_flight: int = 1, ship_draft: bool = True) -> dict[str, list[int]]:
+        outputs = self.run(requests, in_flight, ship_draft)
+        self.forwards = sum(output.stats.target_forwards for output in outputs.values())
+        return {name: output.token_ids for name, output in outputs.items()}
 
 
 def tiny_caches(block_size: int, dtype: torch.dtype = torch.float32, draft: bool = True) -> KvCaches:

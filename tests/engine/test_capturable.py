@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine_helpers import Pipeline
+from engine_helpers import TinyPipeline
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from branchline.core import Request
@@ -15,7 +15,7 @@ from branchline.engine.sampling import SamplingVariant
 @pytest.mark.parametrize("tree", ["none", "default"])
 @pytest.mark.parametrize("variant", list(SamplingVariant))
 def test_an_iteration_runs_on_tensors_without_data(tiny: Models, tree: str, variant: SamplingVariant) -> None:
-    pipeline = Pipeline(tiny, tree)
+    pipeline = TinyPipeline(tiny, tree)
     pipeline.hand_off(Request("one", (1, 2, 3), 8))
     decode = pipeline.decode
     slots, table = torch.tensor([0, decode.max_batch]), torch.ones(2, 12, dtype=torch.int64)
