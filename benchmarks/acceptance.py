@@ -42,15 +42,17 @@ def main(argv: list[str] | None = None) -> int:
     )
     questions = [json.loads(line) for line in options.prompts.read_text(encoding="utf-8").splitlines()][: options.limit]
     tokenizer = AutoTokenizer.from_pretrained(locate_model(options.model))
+
+    def encode(turn: str) -> tuple[int, ...]:
+        chat = [{"role": "user", "content": turn}]
+        ids: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        return tuple(ids)
+
     models, _ = assemble(config, lambda line: print(line, file=sys.stderr))
     requests = [
         Request(
             str(question["question_id"]),
-            tuple(
-                tokenizer.apply_chat_template(
-                    [{"role": "user", "content": question["turns"][0]}], add_generation_prompt=True, return_dict=False
-                )
-            ),
+            encode(question["turns"][0]),
             options.max_tokens,
             SamplingParams(options.temperature, seed=1),
             stop_token_ids=models.target.spec.eos_token_ids,
