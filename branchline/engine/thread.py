@@ -18,7 +18,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 #: What the commands of one iteration may cost, in bytes moved; then it is the running requests' turn.
-ITERATION_BUDGET = 4 << 20
+ITERATION_BUDGET = 8 << 20
 #: The least that a command costs, so that many small ones are bounded as well.
 COMMAND_COST = 16 << 10
 
