@@ -15,7 +15,8 @@ import torch
 
 from branchline.core import SamplingParams
 
-#: Part of the hard fingerprint: workers that choose tokens differently must not share a request.
+#: Part of the target's fingerprint: workers that choose tokens differently must not share a request. Raise it when the
+#: same logits, seed and position would give another token.
 SAMPLER_VERSION = "1"
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed integer: 2**64 / phi, splitmix64's increment

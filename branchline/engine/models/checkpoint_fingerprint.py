@@ -18,9 +18,7 @@ import torch
 from branchline.core import Fingerprint
 from branchline.engine.models.checkpoint import read_config, weight_files
 from branchline.engine.models.protocol import KvGeometry, ModelError
-
-#: Raised when the same logits, seed and position would give another token.
-SAMPLER_VERSION = "1"
+from branchline.engine.sampling import SAMPLER_VERSION
 
 _SAMPLES = 16
 _SAMPLE_BYTES = 4096

@@ -28,8 +28,10 @@ def load_models(config: ModelConfig, engine: EngineConfig, progress: Progress | 
     model_dir = locate_model(config.model, report)
     draft_dir = locate_draft(config.draft, config.model, report)
     if config.provider == "vllm":
-        from branchline.engine.models.vllm_provider import load_vllm
-
+        try:
+            from branchline.engine.models.vllm_provider import load_vllm
+        except ModuleNotFoundError as error:
+            raise ModelError(f"model.provider: vllm is not installed ({error}); `reference` needs none") from error
         target, draft = load_vllm(model_dir, draft_dir, dtype, device, engine, report)
     else:
         target, draft = load_reference(model_dir, draft_dir, dtype, device, engine, report)
