@@ -85,7 +85,8 @@ class PrefillJob:
         batch = max(1, len(spans) * EXPORT_BYTES // (geometry.bytes_per_token * (end - start)))
         for at in range(0, len(spans), batch):
             pieces = spans[at : at + batch]
-            exported = await self._thread.submit_bulk(EXPORT_BYTES, self._engine.export, self._id, pieces)
+            # Not a bulk command: each job has one at a time, and a cancellation behind it shouldn't wait for a chunk.
+            exported = await self._thread.submit(self._engine.export, self._id, pieces)
             for piece in zip(pieces, exported, strict=True):
                 yield piece
 
