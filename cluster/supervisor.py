@@ -24,8 +24,8 @@ ROUND_S = 0.25
 MAX_DEATHS_AT_START = 2
 #: Seconds before a failed actor is started again: doubled each time, up to the second figure.
 RESTART_DELAYS_S = (1.0, 30.0)
-#: Seconds without a process for an actor after which the wait is reported.
-PLACE_NOTICE_S = 20.0
+#: Seconds without news while starting after which it is told what is being waited for.
+SILENCE_S = 10.0
 #: Seconds for an actor that is ready to say where it runs.
 INFO_TIMEOUT_S = 30.0
 LOOPBACK_PREFIXES = ("127.", "localhost:", "[::1]:")
@@ -75,6 +75,7 @@ class Supervisor:
     report: Report
     members: list[Member] = field(default_factory=list)
     _announced: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    _last_news: float = field(default_factory=time.monotonic)
 
     def start(self, timeout_s: float, stopping: Stopping = lambda: False) -> list[str]:
         """Starts all actors and returns the gateways' addresses once all are ready. Raises StartError."""
@@ -101,32 +102,40 @@ class Supervisor:
         """Ends all actors, gateways first: politely within `grace_s` seconds in all, then by force."""
         deadline = time.monotonic() + grace_s
         for roles in (("gateway",), ("prefill", "decode")):
-            members = [member for role in roles for member in self._of(role) if member.state is not None]
             left = max(0.1, deadline - time.monotonic())
-            stops = [member.actor.stop.remote(left) for member in members]
+            stops = {m.actor.stop.remote(left): m for role in roles for m in self._of(role) if m.state is not None}
             if stops:
-                ray.wait(stops, num_returns=len(stops), timeout=left)
+                _, late = ray.wait(list(stops), num_returns=len(stops), timeout=left)
+                for stop in late:
+                    self.report(f"{stops[stop].seat.name}: does not end in time; ended by force")
         for member in self.members:
             ray.kill(member.actor, no_restart=True)
         self.members.clear()
 
     def _await_ready(self, deadline: float, stopping: Stopping) -> None:
         members = self.members
-        notice_at = time.monotonic() + PLACE_NOTICE_S
         while not all(member.ready for member in members):
             if stopping():
                 raise StartInterruptedError
             self._poll()
             for member in members:
                 self._check_start(member)
-            unplaced = [member for member in members if member.state is None]
-            if unplaced and time.monotonic() > notice_at:
-                self.report(_place_notice(self.seats, unplaced))
-                notice_at = deadline
-            if time.monotonic() > deadline:
-                late = ", ".join(f"{m.seat.name} ({m.state or 'no place yet'})" for m in members if not m.ready)
-                hint = f"; {_place_notice(self.seats, unplaced)}" if unplaced else ""
-                raise StartError(f"not ready in time (ray.start_timeout_s): {late}{hint}")
+            now = time.monotonic()
+            if now > deadline:
+                raise StartError(f"not ready in time (ray.start_timeout_s): {self._awaited()}")
+            if now > self._last_news + SILENCE_S:
+                self._tell(f"waiting for {self._awaited()}")
+
+    def _awaited(self) -> str:
+        """Who is not ready, and what the cluster lacks for those who have no process yet."""
+        names = ", ".join(f"{m.seat.name} ({m.state or 'no process yet'})" for m in self.members if not m.ready)
+        if all(member.state for member in self.members):
+            return names
+        return f"{names}; {_resources(self.seats)}"
+
+    def _tell(self, line: str) -> None:
+        self._last_news = time.monotonic()
+        self.report(line)
 
     def _check_start(self, member: Member) -> None:
         if member.state is State.STOPPED:
@@ -159,21 +168,21 @@ class Supervisor:
             return
         member.pending = None
         for line in status.lines:
-            self.report(f"{member.seat.name}: {line.removeprefix(f'{member.seat.role}: ')}")
+            self._tell(f"{member.seat.name}: {line.removeprefix(f'{member.seat.role}: ')}")
         member.next_line = status.next_line
         if status.state is State.IDLE and member.state not in (None, State.IDLE):
             self._lost(member)
         before, member.state = member.state, status.state
         if status.state is State.READY and before is not State.READY:
             member.address, member.failures = status.address, 0
-            self.report(f"{member.seat.name}: ready at {status.address}")
+            self._tell(f"{member.seat.name}: ready at {status.address}")
         elif status.state is State.FAILED and before is not State.FAILED:
             self._failed(member, status)
         elif status.state is State.IDLE and time.monotonic() >= member.not_before:
             self._serve(member)
 
     def _serve(self, member: Member) -> None:
-        self.report(f"{member.seat.name}: starting")
+        self._tell(f"{member.seat.name}: importing")
         config = member.seat.config
         if member.seat.role == "gateway":
             # Clients know a gateway by its address: one that comes back takes the port that it had.
@@ -187,7 +196,7 @@ class Supervisor:
     def _lost(self, member: Member) -> None:
         """Its process has died; Ray is bringing up a new one, which will be idle."""
         if member.state not in (None, State.IDLE):
-            self.report(f"{member.seat.name}: its process died; Ray starts it again")
+            self._tell(f"{member.seat.name}: its process died; Ray starts it again")
             member.deaths += 1
             self._delay(member)
         member.state, member.next_line = State.IDLE, 0
@@ -195,7 +204,7 @@ class Supervisor:
     def _failed(self, member: Member, status: Status) -> None:
         if not member.address:
             raise StartError(f"{member.seat.name}: {status.error}", user_error=status.user_error)
-        self.report(f"{member.seat.name}: failed: {status.error}")
+        self._tell(f"{member.seat.name}: failed: {status.error}")
 
     def _restart_process(self, member: Member) -> None:
         """A failed role gets a new process: its old one may hold memory, threads and sockets."""
@@ -239,11 +248,7 @@ class Supervisor:
         return [member for member in self.members if member.seat.role == role]
 
 
-def _place_notice(seats: Sequence[Seat], unplaced: Sequence[Member]) -> str:
+def _resources(seats: Sequence[Seat]) -> str:
     free, total = ray.available_resources(), ray.cluster_resources()
-    have = ", ".join(f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind}s" for kind in ("CPU", "GPU"))
-    names = ", ".join(member.seat.name for member in unplaced)
-    return (
-        f"waiting for a place for {names}: the system claims {needed_cpus(seats):g} CPUs and "
-        f"{needed_gpus(seats):g} GPUs, free are {have} (lower num_cpus or num_gpus, or add nodes)"
-    )
+    have = " and ".join(f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind}s" for kind in ("CPU", "GPU"))
+    return f"the system claims {needed_cpus(seats):g} CPUs and {needed_gpus(seats):g} GPUs in all, free now are {have}"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent import futures
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -93,6 +94,12 @@ def test_the_environment_names_the_ray_to_join() -> None:
 def test_a_wrong_value_names_its_field() -> None:
     with pytest.raises(ConfigError, match=r"decode.replicas: must be at least 1, got 0"):
         config_from(parse("--decode", "0"), {})
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("deploy/**/*.yaml")), ids=lambda path: path.name)
+def test_the_sample_configurations_are_valid(file: Path) -> None:
+    config = config_from(parse("--config", str(file)), {})
+    assert config.model.model == "default"
 
 
 @pytest.mark.parametrize(
