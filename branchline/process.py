@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import yaml
 
 from branchline.config import Config, ConfigError, load
+from branchline.wire.memory import keep_large_buffers
 
 #: Exit code for what the user can mend: the configuration, the model, the port.
 USER_ERROR = 2
@@ -26,11 +27,18 @@ class Serve(Protocol):
     ) -> Awaitable[None]: ...
 
 
-def run(role: str, argv: Sequence[str] | None = None) -> int:
+def run(
+    role: str,
+    argv: Sequence[str] | None = None,
+    *,
+    threads: int | None = None,
+    user_errors: tuple[type[Exception], ...] = (),
+) -> int:
     """Runs `<role>.serve.serve` until SIGTERM or SIGINT; returns the exit code.
 
-    Prints `ready grpc=HOST:PORT` to stdout once it serves; progress and logs go to stderr. The role's modules are
-    imported only after the environment of the compute threads has been set.
+    `threads` replaces the configured number of compute threads; `user_errors` are more exceptions that are the
+    user's to mend. Prints `ready grpc=HOST:PORT` to stdout once it serves; progress and logs go to stderr. The role's
+    modules are imported only after the environment of the compute threads has been set.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {role}")
     parser.add_argument("--config", metavar="FILE", help="YAML configuration; without it the defaults apply")
@@ -43,14 +51,15 @@ def run(role: str, argv: Sequence[str] | None = None) -> int:
         config = read_config(arguments.config, arguments.set)
     except ConfigError as error:
         return _user_error(error)
-    set_thread_environment(config.engine.threads)
+    set_thread_environment(config.engine.threads if threads is None else threads)
+    keep_large_buffers()
 
     from branchline.engine.models.errors import ModelError
     from branchline.wire.server import BindError
 
     try:
         asyncio.run(_serve(importlib.import_module(f"{role}.serve").serve, config))
-    except (ConfigError, ModelError, BindError) as error:
+    except (ConfigError, ModelError, BindError, *user_errors) as error:
         return _user_error(error)
     return 0
 
@@ -78,6 +87,7 @@ def set_thread_environment(threads: int) -> None:
     Waiting threads must sleep: several workers share one machine, and OpenMP's spinning ones stall each other.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if threads > 0:
         os.environ["OMP_NUM_THREADS"] = str(threads)
     else:

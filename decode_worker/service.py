@@ -63,13 +63,13 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
                 # No deadline of its own: the call's is the gateway's, and a peer that died is found by keepalive.
                 while True:
                     match await session.events.get():
-                        case TokenBatch(index, token_ids):
-                            tokens = decode_pb2.Tokens(index=index, token_ids=token_ids)
-                            yield decode_pb2.AttachResponse(tokens=tokens)
-                        case Finish(reason, speculation):
-                            finished = decode_pb2.Finished(
-                                reason=finish_reason_to_proto(reason), speculation=speculation_to_proto(speculation)
+                        case TokenBatch(index, token_ids, speculation):
+                            tokens = decode_pb2.Tokens(
+                                index=index, token_ids=token_ids, speculation=speculation_to_proto(speculation)
                             )
+                            yield decode_pb2.AttachResponse(tokens=tokens)
+                        case Finish(reason):
+                            finished = decode_pb2.Finished(reason=finish_reason_to_proto(reason))
                             yield decode_pb2.AttachResponse(finished=finished)
                             return
                         case Aborted(reason):

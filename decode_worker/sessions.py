@@ -26,16 +26,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """Tokens of one step; `index` is the output index of the first."""
+    """Tokens of one step; `index` is the output index of the first, `speculation` the lease's up to here."""
 
     index: int
     token_ids: tuple[int, ...]
+    speculation: SpeculationStats
 
 
 @dataclass(frozen=True, slots=True)
 class Finish:
     reason: FinishReason
-    speculation: SpeculationStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,11 +211,11 @@ class Sessions:
         session.speculation += step
         self._emit(session, progress.token_ids)
         if progress.finish is not None:
-            session.events.put_nowait(Finish(progress.finish, session.speculation))
+            session.events.put_nowait(Finish(progress.finish))
             self._end(session, LeaseState.DONE, "it is finished")
 
     def _emit(self, session: Session, token_ids: tuple[int, ...]) -> None:
-        session.events.put_nowait(TokenBatch(session.next_output, token_ids))
+        session.events.put_nowait(TokenBatch(session.next_output, token_ids, session.speculation))
         session.next_output += len(token_ids)
 
     def _start_if_complete(self, session: Session) -> None:

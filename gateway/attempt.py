@@ -15,12 +15,12 @@ from typing import Any, NoReturn
 
 import grpc
 
-from branchline.core import FinishReason, InvalidRequestError, SpeculationStats
+from branchline.core import FinishReason, InvalidRequestError
 from branchline.v1 import decode_pb2, prefill_pb2
 from branchline.wire import convert
 from branchline.wire.status import RpcFailure
 from gateway.background import cancel_all
-from gateway.journal import JournalEntry
+from gateway.journal import AttemptRecord, JournalEntry
 from gateway.leases import Placement
 from gateway.worker import Worker
 
@@ -38,7 +38,6 @@ class Completed:
     """The request has all of its tokens. `lease_done`: the decode worker has said so itself."""
 
     reason: FinishReason
-    speculation: SpeculationStats = SpeculationStats()  # noqa: RUF009 - immutable
     lease_done: bool = False
 
 
@@ -71,9 +70,17 @@ class Attempt:
     """`deliver` gets each token once, in order, from the request's next output index on."""
 
     def __init__(
-        self, entry: JournalEntry, placement: Placement, deliver: Deliver, *, stall_timeout_s: float, timeout_s: float
+        self,
+        entry: JournalEntry,
+        record: AttemptRecord,
+        placement: Placement,
+        deliver: Deliver,
+        *,
+        stall_timeout_s: float,
+        timeout_s: float,
     ) -> None:
         self._entry = entry
+        self._record = record
         self._prefill = placement.pair.prefill
         self._decode = placement.pair.decode
         self._placement = placement
@@ -164,12 +171,13 @@ class Attempt:
         match event.WhichOneof("event"):
             case "tokens":
                 self._decoding = True
+                self._record.speculation = convert.speculation_from_proto(event.tokens.speculation)
                 return await self._take(event.tokens.index, event.tokens.token_ids, self._decode)
             case "finished":
                 reason = self._finish_reason(event.finished.reason, self._decode)
                 if reason is None or not self._entry.emitted:
                     raise AttemptFailedError("the decode worker finished without a reason or a token", self._decode)
-                return Completed(reason, convert.speculation_from_proto(event.finished.speculation), lease_done=True)
+                return Completed(reason, lease_done=True)
         return None
 
     async def _handle_prefill(self, event: prefill_pb2.PrefillResponse) -> Completed | None:

@@ -15,14 +15,15 @@ class AttemptRecord:
     prefill: str
     decode: str
     failure: str | None = None
+    #: Of the decode worker's lease, as far as its tokens have come.
+    speculation: SpeculationStats = field(default_factory=SpeculationStats)
 
 
 @dataclass(slots=True)
 class JournalEntry:
     """One request with all defaults resolved, and how far it has come.
 
-    `sampling.seed` is fixed here, once: every attempt draws the same noise. `speculation` sums over attempts that
-    came to report their statistics; a worker that died took its own along.
+    `sampling.seed` is fixed here, once: every attempt draws the same noise.
     """
 
     request_id: str
@@ -33,7 +34,6 @@ class JournalEntry:
     stop: tuple[str, ...] = ()
     emitted: list[int] = field(default_factory=list)
     attempts: list[AttemptRecord] = field(default_factory=list)
-    speculation: SpeculationStats = field(default_factory=SpeculationStats)
 
     def __post_init__(self) -> None:
         self.next_request()  # holds the invariants of a request
@@ -59,6 +59,11 @@ class JournalEntry:
         if self.emitted and self.emitted[-1] in self.stop_token_ids:
             return FinishReason.STOP
         return FinishReason.LENGTH if len(self.emitted) >= self.max_tokens else None
+
+    @property
+    def speculation(self) -> SpeculationStats:
+        """Over all attempts, also those that failed."""
+        return sum((attempt.speculation for attempt in self.attempts), SpeculationStats())
 
     @property
     def failovers(self) -> int:

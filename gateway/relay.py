@@ -54,7 +54,6 @@ class Relay:
                 else:
                     self._check_attempts_left()
             else:
-                self._entry.speculation += completed.speculation
                 reason = completed.reason
                 break
         await self._finish(reason)
@@ -77,6 +76,7 @@ class Relay:
         self._entry.attempts.append(record)
         attempt = Attempt(
             self._entry,
+            record,
             placement,
             self._deliver,
             stall_timeout_s=self._backend.config.stall_timeout_s,

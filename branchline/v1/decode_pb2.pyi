@@ -64,20 +64,20 @@ class Attached(_message.Message):
     def __init__(self) -> None: ...
 
 class Tokens(_message.Message):
-    __slots__ = ("index", "token_ids")
+    __slots__ = ("index", "token_ids", "speculation")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    SPECULATION_FIELD_NUMBER: _ClassVar[int]
     index: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    speculation: _types_pb2.Speculation
+    def __init__(self, index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., speculation: _Optional[_Union[_types_pb2.Speculation, _Mapping]] = ...) -> None: ...
 
 class Finished(_message.Message):
-    __slots__ = ("reason", "speculation")
+    __slots__ = ("reason",)
     REASON_FIELD_NUMBER: _ClassVar[int]
-    SPECULATION_FIELD_NUMBER: _ClassVar[int]
     reason: _types_pb2.FinishReason
-    speculation: _types_pb2.Speculation
-    def __init__(self, reason: _Optional[_Union[_types_pb2.FinishReason, str]] = ..., speculation: _Optional[_Union[_types_pb2.Speculation, _Mapping]] = ...) -> None: ...
+    def __init__(self, reason: _Optional[_Union[_types_pb2.FinishReason, str]] = ...) -> None: ...
 
 class HandoffRequest(_message.Message):
     __slots__ = ("header", "kv", "draft", "commit")

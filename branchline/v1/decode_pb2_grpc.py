@@ -90,7 +90,8 @@ class DecodeServiceServicer:
         """Takes over the prompt's KV and the first draft tree. The first request is a header; frames follow with
         indices from 0, each with its checksum, and a commit with the totals ends them. Responses acknowledge;
         the first tells which frame is expected next, so a broken stream is resumed by a new call that starts there.
-        A frame sent again is acknowledged and ignored. DATA_LOSS on a wrong checksum or total; INVALID_ARGUMENT
+        A frame sent again is acknowledged and ignored; the header sent again is a heartbeat, for a sender that computes
+        for long between two frames. DATA_LOSS on a wrong checksum or total; INVALID_ARGUMENT
         on a frame outside the promised range; ABORTED when the lease ended meanwhile; NOT_FOUND for an unknown lease.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

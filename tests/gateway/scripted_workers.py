@@ -213,13 +213,11 @@ class ScriptedDecode(decode_pb2_grpc.DecodeServiceServicer):
                 continue
             first = max(start, index - self.repeat)
             ids = [token_at(prompt, i) for i in range(first, index + 1)]
-            yield decode_pb2.AttachResponse(tokens=decode_pb2.Tokens(index=first, token_ids=ids))
+            steps = index - start  # the first token is prefill's
+            stats = types_pb2.Speculation(target_forwards=steps, drafted=2 * steps)
+            yield decode_pb2.AttachResponse(tokens=decode_pb2.Tokens(index=first, token_ids=ids, speculation=stats))
             await asyncio.sleep(self.pace_s)
-        steps = request.max_tokens - start - 1
-        stats = types_pb2.Speculation(target_forwards=steps, drafted=2 * steps)
-        yield decode_pb2.AttachResponse(
-            finished=decode_pb2.Finished(reason=types_pb2.FINISH_REASON_LENGTH, speculation=stats)
-        )
+        yield decode_pb2.AttachResponse(finished=decode_pb2.Finished(reason=types_pb2.FINISH_REASON_LENGTH))
 
 
 @contextlib.asynccontextmanager

@@ -182,5 +182,5 @@ async def test_a_wrong_configuration_is_one_line(tmp_path: Path) -> None:
     process = await start_process(path)
     _, stderr = await asyncio.wait_for(process.communicate(), 60)
     assert process.returncode == 2
-    assert stderr.decode().startswith("gateway: gateway.grpc_prot: unknown field")
+    assert stderr.decode().startswith("error: gateway.grpc_prot: unknown field")
     assert stderr.count(b"\n") == 1

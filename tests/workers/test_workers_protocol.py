@@ -46,7 +46,7 @@ async def test_a_whole_handoff_is_ready_and_runs(workers: Driver, request_: Requ
     assert [event.tokens.index for event in events[:-1]] == [
         sum(len(earlier.tokens.token_ids) for earlier in events[:number]) for number in range(len(events) - 1)
     ]
-    speculation = events[-1].finished.speculation
+    speculation = events[-2].tokens.speculation
     assert speculation.target_forwards == len(events) - 2
     _, status = await workers.status()
     assert status.speculation == speculation

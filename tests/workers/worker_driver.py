@@ -150,8 +150,9 @@ class Driver:
     async def relay(self, stream: Any, request: Request, outcome: Outcome) -> None:
         while (event := await stream.read()) is not grpc.aio.EOF:
             if event.WhichOneof("event") == "finished":
-                outcome.finish, outcome.speculation = event.finished.reason, event.finished.speculation
+                outcome.finish = event.finished.reason
                 continue
+            outcome.speculation = event.tokens.speculation
             at = event.tokens.index - len(request.emitted)
             tokens = list(event.tokens.token_ids)
             if at == 0:
