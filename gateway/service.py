@@ -90,7 +90,9 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
 
 
 async def _worker_info(worker: Worker) -> gateway_pb2.WorkerInfo:
-    """What the worker says now. Nothing is said of the load of one that does not answer: it may be long gone."""
+    """What the worker says now, and whether requests go to it. Nothing is said of the load of one that does not
+    answer: it may be long gone.
+    """
     try:
         status = await worker.fetch_status(STATUS_TIMEOUT_S)
     except (RpcFailure, InvalidRequestError) as error:
@@ -99,7 +101,7 @@ async def _worker_info(worker: Worker) -> gateway_pb2.WorkerInfo:
     return gateway_pb2.WorkerInfo(
         role=worker.role,
         address=worker.address,
-        healthy=True,
+        healthy=worker.healthy,
         blocks_total=status.blocks_total,
         blocks_used=status.blocks_used,
         requests=status.requests,
