@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
-from e2e_helpers import REQUEST_S, Fleet, Options, in_use, running_fleet, wait_until, wait_until_idle
-from e2e_model import TinyModel
+from e2e_helpers import REQUEST_S, Fleet, Options, in_use, wait_until, wait_until_idle
 
 from branchline.client import Client, ServerInfo
 
@@ -19,12 +17,6 @@ pytestmark = [pytest.mark.wire, pytest.mark.timeout(240)]
 REQUESTS, THREADS, MAX_TOKENS = 200, 12, 48
 #: A client that goes away frees its blocks on both sides within this time.
 FREED_S = 1.0
-
-
-@pytest.fixture(scope="module")
-def fleet(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    with running_fleet(tiny.config(), tmp_path_factory.mktemp("fleet")) as fleet:
-        yield fleet
 
 
 @dataclass(frozen=True)
@@ -72,8 +64,8 @@ def run(client: Client, plan: Plan) -> list[int]:
     return token_ids
 
 
-def test_two_hundred_requests_with_a_third_cancelled(fleet: Fleet) -> None:
-    client = fleet.client
+def test_two_hundred_requests_with_a_third_cancelled(one_of_each: Fleet) -> None:
+    client = one_of_each.client
     whole = [run(client, Plan(kind, MAX_TOKENS)) for kind in range(len(kinds()))]
     with ThreadPoolExecutor(THREADS) as pool:
         got = list(pool.map(lambda plan: run(client, plan), plans()))
@@ -86,8 +78,8 @@ def test_two_hundred_requests_with_a_third_cancelled(fleet: Fleet) -> None:
     assert run(client, Plan(1, MAX_TOKENS)) == whole[1]
 
 
-def test_a_client_that_goes_away_in_mid_stream(fleet: Fleet) -> None:
-    client = fleet.client
+def test_a_client_that_goes_away_in_mid_stream(one_of_each: Fleet) -> None:
+    client = one_of_each.client
     with client.generate(prompt="a bad cab", max_tokens=1900, ignore_eos=True, timeout=REQUEST_S) as stream:
         for _, _ in zip(range(5), stream, strict=False):
             pass
@@ -95,9 +87,9 @@ def test_a_client_that_goes_away_in_mid_stream(fleet: Fleet) -> None:
     assert freed_after(client) < FREED_S
 
 
-def test_clients_that_go_away_while_prompts_are_computed(fleet: Fleet) -> None:
+def test_clients_that_go_away_while_prompts_are_computed(one_of_each: Fleet) -> None:
     """Their blocks on the prefill worker, those waiting to be filled on the decode worker, and the queue."""
-    client = fleet.client
+    client = one_of_each.client
     prompt = "fade a lamb in a dimmed den " * 70
     streams = [client.generate(prompt=prompt, max_tokens=8, timeout=REQUEST_S) for _ in range(12)]
     wait_until(lambda: {w.role for w in in_use(client.info()) if w.blocks_used} == {"prefill", "decode"}, 10, "begun")
