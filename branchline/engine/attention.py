@@ -51,6 +51,7 @@ class PagedAttention:
         self.block_table = block_table
         self.slots = slots
         self.bias = bias
+        self._folded: torch.Tensor | None = None
 
     @classmethod
     def over(
@@ -82,17 +83,26 @@ class PagedAttention:
         return self._grouped(query, keys, values)
 
     def _grouped(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Few queries: all query heads of a KV head fold into one batched matrix product."""
+        """Few queries: all query heads of a KV head fold into one batched matrix product, which adds the bias too."""
         batch, queries, rows = self.bias.shape
         kv_heads, head_dim = keys.shape[0], keys.shape[3]
         group = query.shape[1] // kv_heads
         folded = query.view(batch, queries, kv_heads, group, head_dim).permute(2, 0, 1, 3, 4)
-        folded = folded.reshape(kv_heads, batch, queries * group, head_dim) * head_dim**-0.5
-        scores = torch.matmul(folded, keys.transpose(2, 3)).view(kv_heads, batch, queries, group, rows)
-        weights = torch.softmax(scores.float() + self.bias[:, :, None, :], dim=-1).to(values.dtype)
-        mixed = torch.matmul(weights.view(kv_heads, batch, queries * group, rows), values)
+        folded = folded.reshape(kv_heads * batch, queries * group, head_dim)
+        bias = self._folded_bias(kv_heads, group, query.dtype)
+        scores = torch.baddbmm(bias, folded, keys.view(-1, rows, head_dim).transpose(1, 2), alpha=head_dim**-0.5)
+        mixed = torch.bmm(torch.softmax(scores, -1), values.view(-1, rows, head_dim))
         mixed = mixed.view(kv_heads, batch, queries, group, head_dim).permute(1, 2, 0, 3, 4)
         return mixed.reshape(batch * queries, kv_heads * group, head_dim)
+
+    def _folded_bias(self, kv_heads: int, group: int, dtype: torch.dtype) -> torch.Tensor:
+        """The bias in the shape of the folded scores, `[kv_heads * batch, queries * group, rows]`: the same for every
+        layer, so it is made once."""
+        if self._folded is None:
+            batch, queries, rows = self.bias.shape
+            spread = self.bias.to(dtype)[None, :, :, None, :].expand(kv_heads, -1, -1, group, -1)
+            self._folded = spread.reshape(kv_heads * batch, queries * group, rows)
+        return self._folded
 
     def _fused(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Many queries, as in prefill: PyTorch's scaled_dot_product_attention."""
