@@ -119,6 +119,15 @@ async def _fail_three_times(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None
             await stream.read()
             assert await code_of(stream.read()) is grpc.StatusCode.ABORTED
 
+        async def gone() -> bool:
+            try:
+                await workers.status()
+            except grpc.aio.AioRpcError:
+                return True
+            return False
+
+        await eventually(gone, 10, lambda: "it still answers, though nobody has told it to stop")
+
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 async def test_stopping_ends_what_runs(tiny: Tiny, role: str) -> None:
