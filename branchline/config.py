@@ -16,6 +16,8 @@ from typing import Any
 
 DTYPES = ("bfloat16", "float16", "float32")
 PROVIDERS = ("vllm", "reference")
+#: Below this many cores the workers of one machine share them all; from here on each gets its own.
+CORES_TO_SHARE_OUT = 4
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -66,7 +68,7 @@ class EngineConfig:
     max_batch: int = 8
     #: Tokens that one prefill step computes.
     prefill_chunk_tokens: int = 512
-    #: Compute threads; 0 takes as many as the process may use cores.
+    #: Compute threads of a worker; 0 chooses by role and cores, see `threads_for`.
     threads: int = 0
 
     def __post_init__(self) -> None:
@@ -74,6 +76,16 @@ class EngineConfig:
             _require(getattr(self, name) >= 1, f"engine.{name}: must be at least 1, got {getattr(self, name)}")
         for name in ("max_model_len", "threads"):
             _require(getattr(self, name) >= 0, f"engine.{name}: must not be negative, got {getattr(self, name)}")
+
+    def threads_for(self, role: str, cores: int, shared: bool) -> int:
+        """Compute threads of a `prefill`, `decode` or `gateway` process on `cores` cores, shared with others or not.
+
+        On shared cores waiting threads must sleep, and then waking one costs a decode step more than a second
+        core gains it; a prompt's larger products do gain (docs/architecture.md, section 9).
+        """
+        if role == "gateway":
+            return 1
+        return self.threads or (1 if role == "decode" and shared else max(1, cores))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import yaml
 
-from branchline.config import Config, ConfigError, load
+from branchline.config import CORES_TO_SHARE_OUT, Config, ConfigError, load
 from branchline.wire.memory import keep_large_buffers
 
 #: Exit code for what the user can mend: the configuration, the model, the port.
@@ -31,14 +31,13 @@ def run(
     role: str,
     argv: Sequence[str] | None = None,
     *,
-    threads: int | None = None,
     user_errors: tuple[type[Exception], ...] = (),
 ) -> int:
     """Runs `<role>.serve.serve` until SIGTERM or SIGINT; returns the exit code.
 
-    `threads` replaces the configured number of compute threads; `user_errors` are more exceptions that are the
-    user's to mend. Prints `ready grpc=HOST:PORT` to stdout once it serves; progress and logs go to stderr. The role's
-    modules are imported only after the environment of the compute threads has been set.
+    `user_errors` are more exceptions that are the user's to mend. Prints `ready grpc=HOST:PORT` to stdout once it
+    serves; progress and logs go to stderr. The role's modules are imported only after the environment of the compute
+    threads has been set.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {role}")
     parser.add_argument("--config", metavar="FILE", help="YAML configuration; without it the defaults apply")
@@ -51,7 +50,9 @@ def run(
         config = read_config(arguments.config, arguments.set)
     except ConfigError as error:
         return _user_error(error)
-    set_thread_environment(config.engine.threads if threads is None else threads)
+    cores = len(os.sched_getaffinity(0))
+    shared = cores < CORES_TO_SHARE_OUT
+    set_thread_environment(config.engine.threads_for(role.removesuffix("_worker"), cores, shared))
     keep_large_buffers()
 
     from branchline.engine.models.errors import ModelError
@@ -82,16 +83,13 @@ def read_config(path: str | None, overrides: Sequence[str]) -> Config:
 
 
 def set_thread_environment(threads: int) -> None:
-    """For the compute threads of this process, before torch is imported. `threads` 0: as many as usable cores.
+    """For the compute threads of this process, before torch is imported. What the caller's environment says stays.
 
     Waiting threads must sleep: several workers share one machine, and OpenMP's spinning ones stall each other.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if threads > 0:
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-    else:
-        os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
 
 async def _serve(serve: Serve, config: Config) -> None:

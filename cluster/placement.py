@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from branchline.config import Config, ConfigError
+from branchline.config import CORES_TO_SHARE_OUT, Config, ConfigError
 from cluster.actors import RoleActor
 
 #: Import paths of the roles' `serve` coroutines.
@@ -20,9 +20,6 @@ SERVE_PATHS = {
 }
 WORKER_ROLES = ("prefill", "decode")
 PORT_FIELDS = {"prefill": "prefill.port", "decode": "decode.port", "gateway": "gateway.grpc_port"}
-
-#: Cores from which on each worker is pinned to its own (docs/architecture.md, section 9).
-MIN_CORES_TO_PIN = 4
 
 #: Read by libraries when they are imported, so they are set for the process rather than in it. Waiting OpenMP
 #: threads must not spin, or two workers on the same cores stall each other.
@@ -68,7 +65,8 @@ def plan(config: Config, cores: Sequence[int] = (), serve_paths: Mapping[str, st
         base_port = part.grpc_port if role == "gateway" else part.port
         for index in range(part.replicas):
             pinned = shares.get((role, index), ())
-            threads = config.engine.threads or len(pinned or cores) or max(1, math.floor(part.num_cpus))
+            usable = len(pinned or cores) or math.floor(part.num_cpus)
+            threads = config.engine.threads_for(role, usable, shared=bool(cores) and not pinned)
             port = base_port + index if base_port else 0
             own = config.override(**{PORT_FIELDS[role]: port, "engine.threads": threads})
             gpus = 0.0 if role == "gateway" else part.num_gpus
@@ -109,7 +107,7 @@ def _share_cores(config: Config, cores: Sequence[int]) -> dict[tuple[str, int], 
         if getattr(config, role).num_gpus == 0
         for index in range(getattr(config, role).replicas)
     ]
-    if len(cores) < max(MIN_CORES_TO_PIN, len(workers)) or not workers:
+    if len(cores) < max(CORES_TO_SHARE_OUT, len(workers)) or not workers:
         return {}
     weights = [max(getattr(config, role).num_cpus, 1.0) for role, _ in workers]
     shares, taken, weight = {}, 0, 0.0

@@ -7,5 +7,4 @@ from branchline.process import run
 from gateway.pool import WorkersNotReadyError
 
 if __name__ == "__main__":
-    # One thread: the tokenizer's library imports torch, which must not spin on the workers' cores.
-    sys.exit(run("gateway", threads=1, user_errors=(WorkersNotReadyError, InvalidRequestError)))
+    sys.exit(run("gateway", user_errors=(WorkersNotReadyError, InvalidRequestError)))

@@ -23,7 +23,7 @@ def test_workers_come_before_gateways() -> None:
 def test_few_cores_are_shared() -> None:
     placed = seats(range(2))
     assert [seat.cores for seat in placed.values()] == [(), (), ()]
-    assert [seat.config.engine.threads for seat in placed.values()] == [2, 2, 2]
+    assert [seat.config.engine.threads for seat in placed.values()] == [2, 1, 1]  # prefill, decode, gateway
 
 
 @pytest.mark.parametrize("cores", [4, 7, 16])
@@ -58,7 +58,8 @@ def test_on_a_shared_ray_threads_follow_the_claim() -> None:
 
 
 def test_a_fixed_thread_count_stays() -> None:
-    assert {seat.config.engine.threads for seat in seats(range(8), **{"engine.threads": 3}).values()} == {3}
+    placed = seats(range(8), **{"engine.threads": 3})
+    assert [placed[name].config.engine.threads for name in ("prefill 0", "decode 0", "gateway 0")] == [3, 3, 1]
 
 
 def test_fixed_ports_count_up_and_zero_stays() -> None:

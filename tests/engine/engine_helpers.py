@@ -18,6 +18,9 @@ from branchline.engine.tree import TreeTopology, parse_tree
 
 VOCAB = 12
 
+#: Sixteen nodes of depth four, as `--tree` takes them.
+BUSHY = "[[0],[1],[0,0],[2],[3],[0,1],[1,0],[4],[0,0,0],[5],[0,2],[0,3],[2,0],[0,0,1],[1,1],[0,0,0,0]]"
+
 
 def random_parents(generator: torch.Generator, drafted: int) -> torch.Tensor:
     """int64 `[drafted + 1]`: a random tree, the root's parent being -1."""

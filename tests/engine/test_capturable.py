@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine_helpers import TinyPipeline
+from engine_helpers import BUSHY, TinyPipeline
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from branchline.core import Request
@@ -12,7 +12,7 @@ from branchline.engine.models.protocol import Models
 from branchline.engine.sampling import SamplingVariant
 
 
-@pytest.mark.parametrize("tree", ["none", "default"])
+@pytest.mark.parametrize("tree", ["none", BUSHY])
 @pytest.mark.parametrize("variant", list(SamplingVariant))
 def test_an_iteration_runs_on_tensors_without_data(tiny: Models, tree: str, variant: SamplingVariant) -> None:
     pipeline = TinyPipeline(tiny, tree)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_helpers import TinyPipeline
+from engine_helpers import BUSHY, TinyPipeline
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from branchline.config import Config
@@ -78,13 +78,13 @@ def test_greedy_text_equals_generate(
     assert len(oracle) == COUNT
     assert [outputs[str(index)] for index in range(COUNT)] == oracle
     emitted = sum(map(len, oracle)) - COUNT
-    assert emitted > 1.3 * engine.forwards, "drafting no longer helps"
+    assert emitted > 1.25 * engine.forwards, "drafting no longer helps"
 
 
 def test_sampled_text_equals_plain_decoding(models: Models, prompts: list[tuple[int, ...]]) -> None:
     requests = requests_for(models, prompts[::3], SamplingParams(temperature=0.8, top_p=0.95, seed=17))
     plain = pipeline(models, "none").run_text(requests, in_flight=8)
-    assert pipeline(models, "default").run_text(requests, in_flight=8) == plain
+    assert pipeline(models, BUSHY).run_text(requests, in_flight=8) == plain
     assert pipeline(models, "chain:3").run_text(requests) == plain
 
 
@@ -92,7 +92,7 @@ def test_a_superset_tree_accepts_at_least_as_much(models: Models, prompts: list[
     """Teacher-forced along one text: at each position the first iteration after a hand-off."""
     (request,) = requests_for(models, prompts[5:6])
     text = pipeline(models, "none").run_text([request])["0"][:24]
-    small, large = pipeline(models, "[[0],[1],[0,0]]"), pipeline(models, "default")
+    small, large = pipeline(models, "[[0],[1],[0,0]]"), pipeline(models, BUSHY)
     gained = 0
     for position in range(len(text) - 1):
         prefix = Request("0", request.prompt, TOKENS, emitted=tuple(text[:position]))

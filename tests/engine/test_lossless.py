@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine_helpers import VOCAB, TinyPipeline, random_tree
+from engine_helpers import BUSHY, VOCAB, TinyPipeline, random_tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
@@ -79,7 +79,7 @@ def test_greedy_text_equals_generate(tiny: Models, tiny_oracle: PreTrainedModel)
     requests = [
         Request(str(index), prompt, 40) for index, prompt in enumerate(prompts(torch.Generator().manual_seed(5), 8))
     ]
-    pipeline = TinyPipeline(tiny, "default")
+    pipeline = TinyPipeline(tiny, BUSHY)
     outputs = pipeline.run_text(requests, in_flight=4)
     for request in requests:
         assert outputs[request.request_id] == greedy(tiny_oracle, request.prompt, 40)
@@ -110,7 +110,7 @@ def test_sampled_text_is_the_same_with_any_tree_and_batch(
 
 def test_a_failover_goes_on_with_the_same_text(tiny: Models) -> None:
     whole = Request("whole", (1, 2, 3), 30, SamplingParams(1.0, seed=9))
-    text = TinyPipeline(tiny, "default").run_text([whole])["whole"]
+    text = TinyPipeline(tiny, BUSHY).run_text([whole])["whole"]
     for cut in (1, 7, 29):
         rest = Request("rest", (1, 2, 3), 30, SamplingParams(1.0, seed=9), emitted=tuple(text[:cut]))
         assert TinyPipeline(tiny, "chain:4").run_text([rest])["rest"] == text[cut:]
@@ -137,7 +137,7 @@ def test_each_piece_matters(
     requests = [
         Request(str(index), prompt, 40) for index, prompt in enumerate(prompts(torch.Generator().manual_seed(5), 8))
     ]
-    pipeline = TinyPipeline(tiny, "default")
+    pipeline = TinyPipeline(tiny, BUSHY)
     if broken == "mask":
         monkeypatch.setattr(iteration, "topology_tensors", _no_mask)
     elif broken == "depths":
@@ -188,7 +188,7 @@ def test_extreme_trees(tiny: Models, tiny_oracle: PreTrainedModel, tree: str) ->
 def test_generation_ends_at_a_stop_token_within_an_accepted_path(tiny: Models) -> None:
     prompt = (3, 1, 4)
     text = TinyPipeline(tiny, "none").run_text([Request("text", prompt, 30)])["text"]
-    for tree in ("none", "default"):
+    for tree in ("none", BUSHY):
         for stop in set(text):
             (tokens,) = (
                 TinyPipeline(tiny, tree).run_text([Request("text", prompt, 30, stop_token_ids=(11, stop))]).values()
@@ -200,7 +200,7 @@ def test_generation_ends_at_a_stop_token_within_an_accepted_path(tiny: Models) -
 def test_generation_ends_at_the_context_limit(tiny: Models, tiny_oracle: PreTrainedModel) -> None:
     limit = tiny.target.spec.max_position
     prompt = tuple(index % VOCAB for index in range(limit - 10))
-    for tree in ("none", "default"):
+    for tree in ("none", BUSHY):
         pipeline = TinyPipeline(tiny, tree)
         tokens = pipeline.run_text([Request("long", prompt, 1000)])["long"]
         assert len(tokens) == 10
