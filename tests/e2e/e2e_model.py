@@ -20,6 +20,8 @@ EOS = "<|end|>"
 #: "Ġ" is how byte-level tokenizers write a space.
 ALPHABET = [EOS, "Ġ", *"abcdefghijklmn"]
 MAX_LENGTH = 2048
+#: Wider and deeper than the default tree: much is accepted off the first path, and its KV has to be moved.
+TREE = "[[0],[1],[2],[0,0],[0,1],[1,0],[0,0,0],[0,0,1],[1,0,0],[0,0,0,0]]"
 
 _CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}"
@@ -40,7 +42,7 @@ class TinyModel:
         """One worker of each role, a float32 engine with few blocks, impatient timeouts; flags are laid over."""
         model = {"model": str(self.model), "draft": str(self.head), "dtype": "float32", "provider": "reference"}
         sections = {
-            "model": model | {"device": "cpu"},
+            "model": model | {"device": "cpu", "tree": TREE},
             "engine": {"kv_cache_mib": 48, "max_batch": 8, "prefill_chunk_tokens": 64, "threads": 1},
             "prefill": {"lease_ttl_s": 3.0},
             "decode": {"lease_ttl_s": 3.0},
