@@ -58,9 +58,10 @@ def run(
     from branchline.engine.models.errors import ModelError
     from branchline.wire.server import BindError
 
+    told_in_one_line: tuple[type[Exception], ...] = (ConfigError, ModelError, BindError, *user_errors)
     try:
         asyncio.run(_serve(importlib.import_module(f"{role}.serve").serve, config))
-    except (ConfigError, ModelError, BindError, *user_errors) as error:
+    except told_in_one_line as error:
         return _user_error(error)
     return 0
 
