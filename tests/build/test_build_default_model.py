@@ -26,12 +26,14 @@ CODE += "print('at', locate_model('default', print, cache_dir=Path(sys.argv[1]))
 def raced(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """The directory that two processes made when they asked at once, and what each printed."""
     cache = tmp_path_factory.mktemp("cache")
-    command = [sys.executable, "-c", CODE, str(cache)]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    temporary = tmp_path_factory.mktemp("tmp")
+    command, environment = [sys.executable, "-c", CODE, str(cache)], os.environ | {"TMPDIR": str(temporary)}
+    both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [process.communicate(timeout=280)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     places = {line.removeprefix("at ") for output in outputs for line in output.splitlines() if line.startswith("at ")}
     assert len(places) == 1
+    assert list(temporary.iterdir()) == [], "temporary files were left"
     return Path(places.pop()), outputs
 
 

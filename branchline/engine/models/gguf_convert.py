@@ -61,5 +61,7 @@ def _step(done: int, text: str) -> None:
 
 
 if __name__ == "__main__":
+    # Libraries leave directories behind where temporary files go; beside the target they go with its scratch directory.
+    os.environ["TMPDIR"] = str(Path(sys.argv[2]).parent)
     os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing here comes from a hub
     main(Path(sys.argv[1]), Path(sys.argv[2]))
