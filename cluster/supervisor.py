@@ -25,7 +25,7 @@ MAX_DEATHS_AT_START = 2
 #: Seconds before a failed actor is started again: doubled each time, up to the second figure.
 RESTART_DELAYS_S = (1.0, 30.0)
 #: Seconds without news while starting after which it is told what is being waited for.
-SILENCE_S = 10.0
+SILENCE_S = 5.0
 #: Seconds for an actor that is ready to say where it runs.
 INFO_TIMEOUT_S = 30.0
 LOOPBACK_PREFIXES = ("127.", "localhost:", "[::1]:")
