@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         "command": "python benchmarks/gpu/e2e.py " + " ".join(sys.argv[1:]),
         "machine": machine(),
         "versions": versions(),
-        "settings": {name: str(value) for name, value in vars(options).items()},
+        "settings": {name: value.name if isinstance(value, Path) else value for name, value in vars(options).items()},
         "prompts": len(prompts),
         "equal_texts": equal,
         "results": {tree: {way: figures(*run) for way, run in ways.items()} for tree, ways in runs.items()},
