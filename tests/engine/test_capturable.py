@@ -11,6 +11,8 @@ from branchline.core import Request
 from branchline.engine.models.protocol import Models
 from branchline.engine.sampling import SamplingVariant
 
+pytestmark = pytest.mark.models
+
 
 @pytest.mark.parametrize("tree", ["none", BUSHY])
 @pytest.mark.parametrize("variant", list(SamplingVariant))

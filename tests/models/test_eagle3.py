@@ -25,6 +25,8 @@ from branchline.engine.models.eagle3 import Eagle3Head, load_eagle3
 from branchline.engine.models.eagle3_config import read_eagle3_config
 from branchline.engine.models.protocol import KvGeometry, ModelError, TargetSpec
 
+pytestmark = pytest.mark.models
+
 CPU = torch.device("cpu")
 TARGET = TargetSpec(
     kv=KvGeometry(8, 2, 8, torch.float64), vocab_size=VOCAB, hidden_size=HIDDEN, max_position=128, eos_token_ids=(2,)

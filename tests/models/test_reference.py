@@ -23,6 +23,8 @@ from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2Fo
 from branchline.engine.models.protocol import KvGeometry, ModelError
 from branchline.engine.models.reference import load_target, read_target_spec
 
+pytestmark = pytest.mark.models
+
 CPU = torch.device("cpu")
 TOKENS = torch.randint(0, 80, (40,), generator=torch.Generator().manual_seed(3))
 
