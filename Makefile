@@ -48,8 +48,8 @@ test: export HF_HUB_OFFLINE = 1
 test: install lint  ## lint, then all tests, tier by tier
 	$(TIER) --session-timeout=300 -m "not (build or models or wire or cluster)"
 	$(TIER) --session-timeout=300 -m "build and not (models or wire or cluster)" || [ $$? -eq 5 ]
-	$(TIER) --session-timeout=1500 -m "models and not (wire or cluster)" || [ $$? -eq 5 ]
-	$(TIER) --session-timeout=900 -m "wire and not cluster" || [ $$? -eq 5 ]
+	$(TIER) --session-timeout=2000 -m "models and not (wire or cluster)" || [ $$? -eq 5 ]
+	$(TIER) --session-timeout=1300 -m "wire and not cluster" || [ $$? -eq 5 ]
 	$(TIER) --session-timeout=1200 -m "cluster" || [ $$? -eq 5 ]
 
 lint: install  ## ruff, mypy, and the layers
