@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import statistics
 import sys
@@ -120,7 +121,8 @@ def machine() -> dict[str, Any]:
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "gpu": gpu}
+    cores = len(os.sched_getaffinity(0))
+    return {"processor": platform.processor() or platform.machine(), "cores": cores, "gpu": gpu}
 
 
 def versions() -> dict[str, str]:
