@@ -11,8 +11,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-#: Stop token ids that one request may name; the decode step compares against a fixed number of them.
+#: What one request may name at most: the decode step has fixed shapes.
 MAX_STOP_TOKEN_IDS = 8
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIASES = 300
+MAX_BAD_WORDS = 32
+MAX_BAD_WORD_TOKENS = 8
+MAX_SAMPLES = 16
+#: A request of priority p is served like one of priority 0 that came p * PRIORITY_S seconds earlier.
+MAX_PRIORITY = 100
+PRIORITY_S = 10.0
 
 
 class InvalidRequestError(ValueError):
@@ -26,28 +34,68 @@ class FinishReason(enum.StrEnum):
     LENGTH = "length"  # max_tokens or the model's context limit
 
 
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # false for NaN, too
+        raise InvalidRequestError(f"{name} must be between {low:g} and {high:g}, got {value}")
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is chosen from the target's logits.
+    """How the next token is chosen from the target's logits; the defaults choose greedily and change nothing.
 
-    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 switch the two filters off. The same `seed` gives
-    the same tokens with any tree, in any batch and after a failover (docs/architecture.md, section 5).
+    The logits are edited first (`logit_bias`, `bad_words`, the request's `min_tokens`, the penalties), then divided by
+    `temperature` (0 is greedy), then filtered: `min_p` keeps tokens at least that likely relative to the likeliest,
+    `top_k` and `top_p` cut what is left (0 and 1 are off). The same `seed` and `sample_index` give the same tokens with
+    any tree, in any batch and after a failover (docs/architecture.md, section 5).
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    min_p: float = 0.0
+    #: Divides positive, multiplies negative logits of tokens in prompt and output; 1 is off (Keskar et al. 2019).
+    repetition_penalty: float = 1.0
+    #: Subtracted from the logits of tokens in the output: once, and once per occurrence.
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    #: (token id, what is added to its logit), each id once.
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    #: Token sequences that the output never contains.
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    #: Tells the samples of one request apart in the noise.
+    sample_index: int = 0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and 0.0 <= self.temperature <= 100.0):
-            raise InvalidRequestError(f"temperature must be between 0 and 100, got {self.temperature}")
-        if not (math.isfinite(self.top_p) and 0.0 < self.top_p <= 1.0):
+        _check_range("temperature", self.temperature, 0.0, 100.0)
+        if not 0.0 < self.top_p <= 1.0:
             raise InvalidRequestError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if not 0 <= self.top_k < 2**31:
             raise InvalidRequestError(f"top_k must be 0 (off) or positive, got {self.top_k}")
         if not 0 <= self.seed < 2**63:
             raise InvalidRequestError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
+        _check_range("min_p", self.min_p, 0.0, 1.0)
+        if not (math.isfinite(self.repetition_penalty) and 0.0 < self.repetition_penalty <= 100.0):
+            raise InvalidRequestError(
+                f"repetition_penalty must be above 0 and at most 100, got {self.repetition_penalty}"
+            )
+        _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_range("sample_index", self.sample_index, 0, MAX_SAMPLES - 1)
+        self._check_lists()
+
+    def _check_lists(self) -> None:
+        if len(self.logit_bias) > MAX_LOGIT_BIASES:
+            raise InvalidRequestError(f"logit_bias may name {MAX_LOGIT_BIASES} tokens, got {len(self.logit_bias)}")
+        if len({token_id for token_id, _ in self.logit_bias}) < len(self.logit_bias):
+            raise InvalidRequestError("logit_bias names a token twice")
+        for token_id, bias in self.logit_bias:
+            _check_range(f"logit_bias of token {token_id}", bias, -100.0, 100.0)
+        if len(self.bad_words) > MAX_BAD_WORDS:
+            raise InvalidRequestError(f"bad_words may have {MAX_BAD_WORDS} token sequences, got {len(self.bad_words)}")
+        for word in self.bad_words:
+            if not 1 <= len(word) <= MAX_BAD_WORD_TOKENS:
+                raise InvalidRequestError(f"bad_words: {len(word)} tokens are not between 1 and {MAX_BAD_WORD_TOKENS}")
 
     @property
     def greedy(self) -> bool:
@@ -69,6 +117,12 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     emitted: tuple[int, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    #: Output tokens before which no stop token id is chosen.
+    min_tokens: int = 0
+    #: Most likely tokens to report with each token beside its own log-probability; None reports nothing.
+    logprobs: int | None = None
+    #: The most draft nodes a step may verify for it; 0 is plain decoding, None leaves it to the worker.
+    draft_nodes: int | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -79,6 +133,14 @@ class Request:
             raise InvalidRequestError(f"all {self.max_tokens} tokens are emitted already")
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
             raise InvalidRequestError(f"at most {MAX_STOP_TOKEN_IDS} stop token ids, got {len(self.stop_token_ids)}")
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise InvalidRequestError(
+                f"min_tokens must be between 0 and max_tokens ({self.max_tokens}), got {self.min_tokens}"
+            )
+        if self.logprobs is not None:
+            _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.draft_nodes is not None and self.draft_nodes < 0:
+            raise InvalidRequestError(f"draft_nodes must not be negative, got {self.draft_nodes}")
 
     @property
     def context(self) -> tuple[int, ...]:
@@ -89,6 +151,21 @@ class Request:
     def max_length(self) -> int:
         """The most tokens the sequence can reach, prompt included."""
         return len(self.prompt) + self.max_tokens
+
+    def finish_after(self, token_id: int) -> FinishReason | None:
+        """Whether the next token, being `token_id`, ends the request; the model's context limit aside."""
+        if token_id in self.stop_token_ids:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(self.emitted) + 1 == self.max_tokens else None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """The model's own log-probabilities where a token was chosen, before any edit, temperature or filter: the
+    token's, and the likeliest ones' as (token id, log-probability), falling."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,13 +16,16 @@ def blocks_for(tokens: int, block_size: int) -> int:
 
 
 class BlockPool:
-    """A free list over blocks 1 … total. Lowest numbers are handed out first, so that tests read well."""
+    """A free list over blocks 1 … total, and how many sequences hold each block that is not free.
+
+    Lowest numbers are handed out first, so that tests read well.
+    """
 
     def __init__(self, total: int) -> None:
         assert total >= 1, total
         self.total = total
         self._free = list(range(total, NULL_BLOCK, -1))
-        self._used: set[int] = set()
+        self._holders: dict[int, int] = {}
 
     @property
     def free(self) -> int:
@@ -30,7 +33,7 @@ class BlockPool:
 
     @property
     def used(self) -> int:
-        return len(self._used)
+        return len(self._holders)
 
     def can_allocate(self, count: int) -> bool:
         return count <= self.free
@@ -40,16 +43,24 @@ class BlockPool:
         if not self.can_allocate(count):
             raise OutOfBlocksError(f"{count} KV blocks needed, {self.free} of {self.total} free")
         blocks = [self._free.pop() for _ in range(count)]
-        self._used.update(blocks)
+        self._holders.update(dict.fromkeys(blocks, 1))
         return blocks
+
+    def share(self, blocks: list[int]) -> None:
+        """One more sequence holds these blocks; each holder releases them once."""
+        for block in blocks:
+            self._holders[block] += 1  # KeyError: not allocated
 
     def release(self, blocks: list[int]) -> None:
         for block in blocks:
-            self._used.remove(block)  # KeyError: freed twice, or never allocated
-            self._free.append(block)
+            self._holders[block] -= 1  # KeyError: freed too often, or never allocated
+            if self._holders[block] == 0:
+                del self._holders[block]
+                self._free.append(block)
 
     def check_integrity(self) -> None:
-        """Every block is free or used, none both, the null block neither."""
+        """Every block is free or held, none both, the null block neither."""
         assert len(self._free) == len(set(self._free)), "a block is free twice"
-        assert self._used.isdisjoint(self._free), "a block is both free and used"
-        assert self._used | set(self._free) == set(range(1, self.total + 1)), "a block is lost"
+        assert self._holders.keys().isdisjoint(self._free), "a block is both free and held"
+        assert self._holders.keys() | set(self._free) == set(range(1, self.total + 1)), "a block is lost"
+        assert min(self._holders.values(), default=1) >= 1, "a block is held by nobody"

@@ -18,28 +18,38 @@ KV_PART_TARGET: KvPart
 KV_PART_DRAFT: KvPart
 
 class ReserveRequest(_message.Message):
-    __slots__ = ("request_id", "context_length", "max_length", "fingerprint", "attempt")
+    __slots__ = ("request_id", "context_length", "max_length", "fingerprint", "attempt", "samples", "priority", "queued_ms", "wait_ms")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_LENGTH_FIELD_NUMBER: _ClassVar[int]
     MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_MS_FIELD_NUMBER: _ClassVar[int]
+    WAIT_MS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     context_length: int
     max_length: int
     fingerprint: _types_pb2.Fingerprint
     attempt: int
-    def __init__(self, request_id: _Optional[str] = ..., context_length: _Optional[int] = ..., max_length: _Optional[int] = ..., fingerprint: _Optional[_Union[_types_pb2.Fingerprint, _Mapping]] = ..., attempt: _Optional[int] = ...) -> None: ...
+    samples: int
+    priority: int
+    queued_ms: int
+    wait_ms: int
+    def __init__(self, request_id: _Optional[str] = ..., context_length: _Optional[int] = ..., max_length: _Optional[int] = ..., fingerprint: _Optional[_Union[_types_pb2.Fingerprint, _Mapping]] = ..., attempt: _Optional[int] = ..., samples: _Optional[int] = ..., priority: _Optional[int] = ..., queued_ms: _Optional[int] = ..., wait_ms: _Optional[int] = ...) -> None: ...
 
 class ReserveResponse(_message.Message):
-    __slots__ = ("lease_id", "ttl_ms", "accepts_draft")
+    __slots__ = ("lease_id", "ttl_ms", "accepts_draft", "sibling_lease_ids")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     TTL_MS_FIELD_NUMBER: _ClassVar[int]
     ACCEPTS_DRAFT_FIELD_NUMBER: _ClassVar[int]
+    SIBLING_LEASE_IDS_FIELD_NUMBER: _ClassVar[int]
     lease_id: str
     ttl_ms: int
     accepts_draft: bool
-    def __init__(self, lease_id: _Optional[str] = ..., ttl_ms: _Optional[int] = ..., accepts_draft: _Optional[bool] = ...) -> None: ...
+    sibling_lease_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, lease_id: _Optional[str] = ..., ttl_ms: _Optional[int] = ..., accepts_draft: _Optional[bool] = ..., sibling_lease_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class AttachRequest(_message.Message):
     __slots__ = ("lease_id", "request")
@@ -50,28 +60,36 @@ class AttachRequest(_message.Message):
     def __init__(self, lease_id: _Optional[str] = ..., request: _Optional[_Union[_types_pb2.Request, _Mapping]] = ...) -> None: ...
 
 class AttachResponse(_message.Message):
-    __slots__ = ("attached", "tokens", "finished")
+    __slots__ = ("attached", "tokens", "finished", "preempted")
     ATTACHED_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTED_FIELD_NUMBER: _ClassVar[int]
     attached: Attached
     tokens: Tokens
     finished: Finished
-    def __init__(self, attached: _Optional[_Union[Attached, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ...) -> None: ...
+    preempted: Preempted
+    def __init__(self, attached: _Optional[_Union[Attached, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., preempted: _Optional[_Union[Preempted, _Mapping]] = ...) -> None: ...
 
 class Attached(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class Tokens(_message.Message):
-    __slots__ = ("index", "token_ids", "speculation")
+    __slots__ = ("index", "token_ids", "speculation", "logprobs")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SPECULATION_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     index: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     speculation: _types_pb2.Speculation
-    def __init__(self, index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., speculation: _Optional[_Union[_types_pb2.Speculation, _Mapping]] = ...) -> None: ...
+    logprobs: _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenLogprobs]
+    def __init__(self, index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., speculation: _Optional[_Union[_types_pb2.Speculation, _Mapping]] = ..., logprobs: _Optional[_Iterable[_Union[_types_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
+
+class Preempted(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Finished(_message.Message):
     __slots__ = ("reason",)
@@ -100,7 +118,7 @@ class HandoffHeader(_message.Message):
     def __init__(self, lease_id: _Optional[str] = ..., kv_dtype: _Optional[str] = ...) -> None: ...
 
 class KvFrame(_message.Message):
-    __slots__ = ("index", "part", "layer_start", "layer_end", "head_start", "head_end", "token_start", "token_end", "crc32c", "data")
+    __slots__ = ("index", "part", "layer_start", "layer_end", "head_start", "head_end", "token_start", "token_end", "crc32c", "data", "sample")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
     LAYER_START_FIELD_NUMBER: _ClassVar[int]
@@ -111,6 +129,7 @@ class KvFrame(_message.Message):
     TOKEN_END_FIELD_NUMBER: _ClassVar[int]
     CRC32C_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_FIELD_NUMBER: _ClassVar[int]
     index: int
     part: KvPart
     layer_start: int
@@ -121,21 +140,26 @@ class KvFrame(_message.Message):
     token_end: int
     crc32c: int
     data: bytes
-    def __init__(self, index: _Optional[int] = ..., part: _Optional[_Union[KvPart, str]] = ..., layer_start: _Optional[int] = ..., layer_end: _Optional[int] = ..., head_start: _Optional[int] = ..., head_end: _Optional[int] = ..., token_start: _Optional[int] = ..., token_end: _Optional[int] = ..., crc32c: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+    sample: int
+    def __init__(self, index: _Optional[int] = ..., part: _Optional[_Union[KvPart, str]] = ..., layer_start: _Optional[int] = ..., layer_end: _Optional[int] = ..., head_start: _Optional[int] = ..., head_end: _Optional[int] = ..., token_start: _Optional[int] = ..., token_end: _Optional[int] = ..., crc32c: _Optional[int] = ..., data: _Optional[bytes] = ..., sample: _Optional[int] = ...) -> None: ...
 
 class DraftFrame(_message.Message):
-    __slots__ = ("index", "first_token", "tree_tokens", "tree_parents", "tree_scores")
+    __slots__ = ("index", "first_token", "tree_tokens", "tree_parents", "tree_scores", "sample", "first_logprobs")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     TREE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TREE_PARENTS_FIELD_NUMBER: _ClassVar[int]
     TREE_SCORES_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     index: int
     first_token: int
     tree_tokens: _containers.RepeatedScalarFieldContainer[int]
     tree_parents: _containers.RepeatedScalarFieldContainer[int]
     tree_scores: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, index: _Optional[int] = ..., first_token: _Optional[int] = ..., tree_tokens: _Optional[_Iterable[int]] = ..., tree_parents: _Optional[_Iterable[int]] = ..., tree_scores: _Optional[_Iterable[float]] = ...) -> None: ...
+    sample: int
+    first_logprobs: _types_pb2.TokenLogprobs
+    def __init__(self, index: _Optional[int] = ..., first_token: _Optional[int] = ..., tree_tokens: _Optional[_Iterable[int]] = ..., tree_parents: _Optional[_Iterable[int]] = ..., tree_scores: _Optional[_Iterable[float]] = ..., sample: _Optional[int] = ..., first_logprobs: _Optional[_Union[_types_pb2.TokenLogprobs, _Mapping]] = ...) -> None: ...
 
 class CommitFrame(_message.Message):
     __slots__ = ("frames", "kv_bytes")
@@ -170,7 +194,7 @@ class DecodeServiceGetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DecodeServiceGetStatusResponse(_message.Message):
-    __slots__ = ("incarnation", "fingerprint", "model", "max_model_len", "blocks_total", "blocks_used", "leases", "running", "max_batch", "tasks", "tree", "speculation", "emitted_tokens", "cold_starts")
+    __slots__ = ("incarnation", "fingerprint", "model", "max_model_len", "blocks_total", "blocks_used", "leases", "running", "max_batch", "tasks", "tree", "speculation", "emitted_tokens", "cold_starts", "queued", "preemptions")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -185,6 +209,8 @@ class DecodeServiceGetStatusResponse(_message.Message):
     SPECULATION_FIELD_NUMBER: _ClassVar[int]
     EMITTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COLD_STARTS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     incarnation: str
     fingerprint: _types_pb2.Fingerprint
     model: str
@@ -199,4 +225,6 @@ class DecodeServiceGetStatusResponse(_message.Message):
     speculation: _types_pb2.Speculation
     emitted_tokens: int
     cold_starts: int
-    def __init__(self, incarnation: _Optional[str] = ..., fingerprint: _Optional[_Union[_types_pb2.Fingerprint, _Mapping]] = ..., model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_used: _Optional[int] = ..., leases: _Optional[int] = ..., running: _Optional[int] = ..., max_batch: _Optional[int] = ..., tasks: _Optional[int] = ..., tree: _Optional[str] = ..., speculation: _Optional[_Union[_types_pb2.Speculation, _Mapping]] = ..., emitted_tokens: _Optional[int] = ..., cold_starts: _Optional[int] = ...) -> None: ...
+    queued: int
+    preemptions: int
+    def __init__(self, incarnation: _Optional[str] = ..., fingerprint: _Optional[_Union[_types_pb2.Fingerprint, _Mapping]] = ..., model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_used: _Optional[int] = ..., leases: _Optional[int] = ..., running: _Optional[int] = ..., max_batch: _Optional[int] = ..., tasks: _Optional[int] = ..., tree: _Optional[str] = ..., speculation: _Optional[_Union[_types_pb2.Speculation, _Mapping]] = ..., emitted_tokens: _Optional[int] = ..., cold_starts: _Optional[int] = ..., queued: _Optional[int] = ..., preemptions: _Optional[int] = ...) -> None: ...

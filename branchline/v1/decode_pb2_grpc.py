@@ -67,8 +67,9 @@ class DecodeServiceServicer:
     """
 
     def Reserve(self, request, context):
-        """Promises the KV blocks of a sequence. Safe to retry: every call makes its own lease, and one that is
-        never used expires. RESOURCE_EXHAUSTED when blocks or slots are short (retry later or elsewhere);
+        """Promises the KV blocks of a sequence's context; more are added while it runs. Safe to retry: every call makes its
+        own lease, and one that is never used expires. When blocks or slots are short the call waits up to wait_ms for its
+        turn, by priority and age; then RESOURCE_EXHAUSTED (retry later or elsewhere);
         FAILED_PRECONDITION when the fingerprints differ, naming the field; INVALID_ARGUMENT when the sequence
         could never fit.
         """
@@ -78,7 +79,7 @@ class DecodeServiceServicer:
 
     def Attach(self, request, context):
         """Opens the token stream of a lease; to be called before the hand-off. The first response comes at once,
-        with `attached`, before any token. Ends OK after `finished`, or with ABORTED (the lease was aborted or expired;
+        with `attached`, before any token. Ends OK after `finished` or `preempted`, or with ABORTED (the lease was aborted or expired;
         a new attempt may follow), NOT_FOUND (unknown lease), ALREADY_EXISTS (attached twice). Cancelling it aborts
         the lease.
         """

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from branchline.v1 import types_pb2 as branchline_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x62ranchline/v1/gateway.proto\x12\rbranchline.v1\x1a\x19\x62ranchline/v1/types.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"<\n\x0c\x43hatMessages\x12,\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.branchline.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xeb\x02\n\x0fGenerateRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12+\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x1b.branchline.v1.ChatMessagesH\x00\x12,\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x17.branchline.v1.TokenIdsH\x00\x12\x17\n\nmax_tokens\x18\x04 \x01(\x03H\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x06 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x07 \x01(\x03H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\t \x03(\t\x12\x12\n\nignore_eos\x18\n \x01(\x08\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\rB\x07\n\x05inputB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seed\"`\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12+\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x19.branchline.v1.Completion\"\xb7\x01\n\nCompletion\x12\x32\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x1b.branchline.v1.FinishReason\x12#\n\x05usage\x18\x02 \x01(\x0b\x32\x14.branchline.v1.Usage\x12/\n\x0bspeculation\x18\x03 \x01(\x0b\x32\x1a.branchline.v1.Speculation\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x11\n\tfailovers\x18\x05 \x01(\r\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"\x10\n\x0eGetInfoRequest\"\x88\x01\n\nWorkerInfo\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0f\n\x07healthy\x18\x03 \x01(\x08\x12\x14\n\x0c\x62locks_total\x18\x04 \x01(\r\x12\x13\n\x0b\x62locks_used\x18\x05 \x01(\r\x12\x10\n\x08requests\x18\x06 \x01(\r\x12\r\n\x05tasks\x18\x07 \x01(\r\"\x9b\x01\n\x0fGetInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x0c\n\x04tree\x18\x04 \x01(\t\x12*\n\x07workers\x18\x05 \x03(\x0b\x32\x19.branchline.v1.WorkerInfo\x12\x17\n\x0f\x61\x63tive_requests\x18\x06 \x01(\r2\xa9\x01\n\x0eGatewayService\x12M\n\x08Generate\x12\x1e.branchline.v1.GenerateRequest\x1a\x1f.branchline.v1.GenerateResponse0\x01\x12H\n\x07GetInfo\x12\x1d.branchline.v1.GetInfoRequest\x1a\x1e.branchline.v1.GetInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x62ranchline/v1/gateway.proto\x12\rbranchline.v1\x1a\x19\x62ranchline/v1/types.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"<\n\x0c\x43hatMessages\x12,\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.branchline.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x9c\x06\n\x0fGenerateRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12+\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x1b.branchline.v1.ChatMessagesH\x00\x12,\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x17.branchline.v1.TokenIdsH\x00\x12\x17\n\nmax_tokens\x18\x04 \x01(\x03H\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x06 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x07 \x01(\x03H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\t \x03(\t\x12\x12\n\nignore_eos\x18\n \x01(\x08\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x12\n\x05min_p\x18\x0c \x01(\x01H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\r \x01(\x01H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0e \x01(\x01H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0f \x01(\x01H\t\x88\x01\x01\x12,\n\nlogit_bias\x18\x10 \x03(\x0b\x32\x18.branchline.v1.LogitBias\x12\x11\n\tbad_words\x18\x11 \x03(\t\x12\x17\n\nmin_tokens\x18\x12 \x01(\x03H\n\x88\x01\x01\x12\x15\n\x08logprobs\x18\x13 \x01(\x03H\x0b\x88\x01\x01\x12\x0e\n\x01n\x18\x14 \x01(\x03H\x0c\x88\x01\x01\x12\x18\n\x0b\x64raft_nodes\x18\x15 \x01(\x03H\r\x88\x01\x01\x12\x15\n\x08priority\x18\x16 \x01(\x03H\x0e\x88\x01\x01\x42\x07\n\x05inputB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\r\n\x0b_min_tokensB\x0b\n\t_logprobsB\x04\n\x02_nB\x0e\n\x0c_draft_nodesB\x0b\n\t_priority\"\xa0\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12+\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x19.branchline.v1.Completion\x12\x0e\n\x06sample\x18\x04 \x01(\r\x12.\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1c.branchline.v1.TokenLogprobs\"\xcc\x01\n\nCompletion\x12\x32\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x1b.branchline.v1.FinishReason\x12#\n\x05usage\x18\x02 \x01(\x0b\x32\x14.branchline.v1.Usage\x12/\n\x0bspeculation\x18\x03 \x01(\x0b\x32\x1a.branchline.v1.Speculation\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x11\n\tfailovers\x18\x05 \x01(\r\x12\x13\n\x0bpreemptions\x18\x06 \x01(\r\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"\x10\n\x0eGetInfoRequest\"\x88\x01\n\nWorkerInfo\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0f\n\x07healthy\x18\x03 \x01(\x08\x12\x14\n\x0c\x62locks_total\x18\x04 \x01(\r\x12\x13\n\x0b\x62locks_used\x18\x05 \x01(\r\x12\x10\n\x08requests\x18\x06 \x01(\r\x12\r\n\x05tasks\x18\x07 \x01(\r\"\x9b\x01\n\x0fGetInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x0c\n\x04tree\x18\x04 \x01(\t\x12*\n\x07workers\x18\x05 \x03(\x0b\x32\x19.branchline.v1.WorkerInfo\x12\x17\n\x0f\x61\x63tive_requests\x18\x06 \x01(\r2\xa9\x01\n\x0eGatewayService\x12M\n\x08Generate\x12\x1e.branchline.v1.GenerateRequest\x1a\x1f.branchline.v1.GenerateResponse0\x01\x12H\n\x07GetInfo\x12\x1d.branchline.v1.GetInfoRequest\x1a\x1e.branchline.v1.GetInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,19 +39,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIDS']._serialized_start=181
   _globals['_TOKENIDS']._serialized_end=204
   _globals['_GENERATEREQUEST']._serialized_start=207
-  _globals['_GENERATEREQUEST']._serialized_end=570
-  _globals['_GENERATERESPONSE']._serialized_start=572
-  _globals['_GENERATERESPONSE']._serialized_end=668
-  _globals['_COMPLETION']._serialized_start=671
-  _globals['_COMPLETION']._serialized_end=854
-  _globals['_USAGE']._serialized_start=856
-  _globals['_USAGE']._serialized_end=913
-  _globals['_GETINFOREQUEST']._serialized_start=915
-  _globals['_GETINFOREQUEST']._serialized_end=931
-  _globals['_WORKERINFO']._serialized_start=934
-  _globals['_WORKERINFO']._serialized_end=1070
-  _globals['_GETINFORESPONSE']._serialized_start=1073
-  _globals['_GETINFORESPONSE']._serialized_end=1228
-  _globals['_GATEWAYSERVICE']._serialized_start=1231
-  _globals['_GATEWAYSERVICE']._serialized_end=1400
+  _globals['_GENERATEREQUEST']._serialized_end=1003
+  _globals['_GENERATERESPONSE']._serialized_start=1006
+  _globals['_GENERATERESPONSE']._serialized_end=1166
+  _globals['_COMPLETION']._serialized_start=1169
+  _globals['_COMPLETION']._serialized_end=1373
+  _globals['_USAGE']._serialized_start=1375
+  _globals['_USAGE']._serialized_end=1432
+  _globals['_GETINFOREQUEST']._serialized_start=1434
+  _globals['_GETINFOREQUEST']._serialized_end=1450
+  _globals['_WORKERINFO']._serialized_start=1453
+  _globals['_WORKERINFO']._serialized_end=1589
+  _globals['_GETINFORESPONSE']._serialized_start=1592
+  _globals['_GETINFORESPONSE']._serialized_end=1747
+  _globals['_GATEWAYSERVICE']._serialized_start=1750
+  _globals['_GATEWAYSERVICE']._serialized_end=1919
 # @@protoc_insertion_point(module_scope)

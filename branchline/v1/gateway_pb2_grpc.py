@@ -52,7 +52,8 @@ class GatewayServiceServicer:
     """
 
     def Generate(self, request, context):
-        """Generates a completion. Responses carry text and token ids in order; the last one has `finished`.
+        """Generates a completion, or `n` of them side by side. Responses carry text and token ids in order; the last one of
+        each sample has `finished`.
         Text is whole characters only, so a response may carry tokens without text and the reverse.
         INVALID_ARGUMENT names the field that is wrong. RESOURCE_EXHAUSTED when the system stays full until the
         deadline, UNAVAILABLE when no worker can serve, DEADLINE_EXCEEDED when the deadline passes. Cancelling frees

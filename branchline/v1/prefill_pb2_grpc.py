@@ -53,8 +53,9 @@ class PrefillServiceServicer:
 
     def Prefill(self, request, context):
         """Computes the context's KV, ships it to the decode worker and answers twice: with the first token as soon as
-        it is known, and with `handed_off` when the decode worker has everything. If the first token ends the request,
-        nothing more is shipped and the stream ends after it. Not idempotent by itself: a retry needs a new lease.
+        it is known (one for each sample), and with `handed_off` when the decode worker has everything. If the first token
+        ends the request, or every sample, nothing more is shipped and the stream ends after it. Not idempotent by itself:
+        a retry needs a new lease.
         RESOURCE_EXHAUSTED when blocks are short, UNAVAILABLE when the decode worker can't be reached,
         ABORTED when it ended the lease, INVALID_ARGUMENT for a request it can't serve. Cancelling frees everything.
         """

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x62ranchline/v1/types.proto\x12\rbranchline.v1\"Q\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\"\x9b\x01\n\x07Request\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x03(\r\x12\x0f\n\x07\x65mitted\x18\x03 \x03(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.branchline.v1.SamplingParams\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\"\x83\x01\n\x0b\x46ingerprint\x12\x36\n\x06target\x18\x01 \x03(\x0b\x32&.branchline.v1.Fingerprint.TargetEntry\x12\r\n\x05\x64raft\x18\x02 \x01(\t\x1a-\n\x0bTargetEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"I\n\x0bSpeculation\x12\x17\n\x0ftarget_forwards\x18\x01 \x01(\x04\x12\x0f\n\x07\x64rafted\x18\x02 \x01(\x04\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x03 \x01(\x04*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x62ranchline/v1/types.proto\x12\rbranchline.v1\"\xa6\x02\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\r\n\x05min_p\x18\x05 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x06 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x01\x12,\n\nlogit_bias\x18\t \x03(\x0b\x32\x18.branchline.v1.LogitBias\x12/\n\tbad_words\x18\n \x03(\x0b\x32\x1c.branchline.v1.TokenSequence\x12\x14\n\x0csample_index\x18\x0b \x01(\r\"+\n\tLogitBias\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x01\"\"\n\rTokenSequence\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\xfd\x01\n\x07Request\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x03(\r\x12\x0f\n\x07\x65mitted\x18\x03 \x03(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.branchline.v1.SamplingParams\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\x12\n\nmin_tokens\x18\x07 \x01(\r\x12\x15\n\x08logprobs\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0b\x64raft_nodes\x18\t \x01(\rH\x01\x88\x01\x01\x42\x0b\n\t_logprobsB\x0e\n\x0c_draft_nodes\"M\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\"\x83\x01\n\x0b\x46ingerprint\x12\x36\n\x06target\x18\x01 \x03(\x0b\x32&.branchline.v1.Fingerprint.TargetEntry\x12\r\n\x05\x64raft\x18\x02 \x01(\t\x1a-\n\x0bTargetEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"I\n\x0bSpeculation\x12\x17\n\x0ftarget_forwards\x18\x01 \x01(\x04\x12\x0f\n\x07\x64rafted\x18\x02 \x01(\x04\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x03 \x01(\x04*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,16 +33,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_FINGERPRINT_TARGETENTRY']._loaded_options = None
   _globals['_FINGERPRINT_TARGETENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=494
-  _globals['_FINISHREASON']._serialized_end=589
-  _globals['_SAMPLINGPARAMS']._serialized_start=44
-  _globals['_SAMPLINGPARAMS']._serialized_end=125
-  _globals['_REQUEST']._serialized_start=128
-  _globals['_REQUEST']._serialized_end=283
-  _globals['_FINGERPRINT']._serialized_start=286
-  _globals['_FINGERPRINT']._serialized_end=417
-  _globals['_FINGERPRINT_TARGETENTRY']._serialized_start=372
-  _globals['_FINGERPRINT_TARGETENTRY']._serialized_end=417
-  _globals['_SPECULATION']._serialized_start=419
-  _globals['_SPECULATION']._serialized_end=492
+  _globals['_FINISHREASON']._serialized_start=966
+  _globals['_FINISHREASON']._serialized_end=1061
+  _globals['_SAMPLINGPARAMS']._serialized_start=45
+  _globals['_SAMPLINGPARAMS']._serialized_end=339
+  _globals['_LOGITBIAS']._serialized_start=341
+  _globals['_LOGITBIAS']._serialized_end=384
+  _globals['_TOKENSEQUENCE']._serialized_start=386
+  _globals['_TOKENSEQUENCE']._serialized_end=420
+  _globals['_REQUEST']._serialized_start=423
+  _globals['_REQUEST']._serialized_end=676
+  _globals['_TOKENLOGPROBS']._serialized_start=678
+  _globals['_TOKENLOGPROBS']._serialized_end=755
+  _globals['_FINGERPRINT']._serialized_start=758
+  _globals['_FINGERPRINT']._serialized_end=889
+  _globals['_FINGERPRINT_TARGETENTRY']._serialized_start=844
+  _globals['_FINGERPRINT_TARGETENTRY']._serialized_end=889
+  _globals['_SPECULATION']._serialized_start=891
+  _globals['_SPECULATION']._serialized_end=964
 # @@protoc_insertion_point(module_scope)

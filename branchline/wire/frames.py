@@ -24,8 +24,8 @@ MAX_FRAME_BYTES = 1024 * 1024
 _PART_TO_PROTO = {KvPart.TARGET: decode_pb2.KV_PART_TARGET, KvPart.DRAFT: decode_pb2.KV_PART_DRAFT}
 _PART_FROM_PROTO = {value: part for part, value in _PART_TO_PROTO.items()}
 
-#: index, part, then layers, heads and tokens as start and end: what the checksum covers before the data.
-_COORDINATES = struct.Struct("<8I")
+#: index, part, then layers, heads and tokens as start and end, sample: what the checksum covers before the data.
+_COORDINATES = struct.Struct("<9I")
 
 
 class DamagedFrameError(RpcFailure):
@@ -54,7 +54,7 @@ def split_span(span: KvSpan, bytes_per_layer_token: int, max_bytes: int = MAX_FR
     ]
 
 
-def kv_frame(index: int, span: KvSpan, data: bytes) -> decode_pb2.KvFrame:
+def kv_frame(index: int, span: KvSpan, data: bytes, sample: int = 0) -> decode_pb2.KvFrame:
     """The hand-off's frame number `index`, carrying the canonical bytes of `span`."""
     frame = decode_pb2.KvFrame(
         index=index,
@@ -65,6 +65,7 @@ def kv_frame(index: int, span: KvSpan, data: bytes) -> decode_pb2.KvFrame:
         head_end=span.heads[1],
         token_start=span.tokens[0],
         token_end=span.tokens[1],
+        sample=sample,
         data=data,
     )
     frame.crc32c = _checksum(frame, data)
@@ -102,6 +103,7 @@ def _checksum(frame: decode_pb2.KvFrame, data: bytes) -> int:
         frame.head_end,
         frame.token_start,
         frame.token_end,
+        frame.sample,
     )
     checksum: int = crc32c.crc32c(data, crc32c.crc32c(coordinates))
     return checksum

@@ -15,6 +15,7 @@ from branchline.core import (
     Request,
     SamplingParams,
     SpeculationStats,
+    TokenLogprobs,
 )
 from branchline.v1 import decode_pb2, types_pb2
 from branchline.wire import convert
@@ -29,6 +30,18 @@ samplings = st.builds(
     top_p=st.floats(0, 1, exclude_min=True),
     top_k=st.integers(0, 2**31 - 1),
     seed=st.integers(0, 2**63 - 1),
+    min_p=st.floats(0, 1),
+    repetition_penalty=st.floats(0, 100, exclude_min=True),
+    presence_penalty=st.floats(-2, 2),
+    frequency_penalty=st.floats(-2, 2),
+    logit_bias=st.dictionaries(ids, st.floats(-100, 100), max_size=5).map(lambda biases: tuple(biases.items())),
+    bad_words=st.lists(st.lists(ids, min_size=1, max_size=8).map(tuple), max_size=4).map(tuple),
+    sample_index=st.integers(0, 15),
+)
+logprobs = st.builds(
+    TokenLogprobs,
+    st.floats(max_value=0, width=32),
+    st.lists(st.tuples(ids, st.floats(max_value=0, width=32)), max_size=20).map(tuple),
 )
 requests = st.builds(
     Request,
@@ -38,6 +51,9 @@ requests = st.builds(
     sampling=samplings,
     emitted=id_lists,
     stop_token_ids=st.lists(ids, max_size=8).map(tuple),
+    min_tokens=st.integers(0, 21),
+    logprobs=st.none() | st.integers(0, 20),
+    draft_nodes=st.none() | st.integers(0, 2**32 - 1),
 )
 
 
@@ -58,6 +74,12 @@ def on_the_wire(message: Message) -> Message:
 @given(requests)
 def test_a_request_survives_the_wire(request: Request) -> None:
     assert convert.request_from_proto(on_the_wire(convert.request_to_proto(request))) == request
+
+
+@given(logprobs)
+def test_logprobs_survive_the_wire(entry: TokenLogprobs) -> None:
+    message = convert.logprobs_to_proto(entry)
+    assert convert.logprobs_from_proto(type(message).FromString(message.SerializeToString())) == entry
 
 
 @given(trees(), ids, ids)
