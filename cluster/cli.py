@@ -1,4 +1,4 @@
-"""The command line: `branchline serve | generate | chat | info`.
+"""The command line: `branchline serve | generate | chat | info | explain`.
 
 Each command imports what it needs when it runs: `generate`, `chat` and `info` work where only the SDK is installed.
 """
@@ -25,13 +25,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         from cluster.launch import serve
 
         return serve(arguments)
+    if arguments.command == "explain":
+        from cluster import explain
+
+        return explain.run(arguments)
     from cluster import ask
 
     return ask.run(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
-    from cluster.flags import add_serve_flags
+    from cluster.flags import add_model_flags, add_serve_flags
 
     parser = _with_exit_codes(
         argparse.ArgumentParser(prog="branchline", description="Disaggregated LLM serving with tree speculation.")
@@ -55,6 +59,19 @@ def _parser() -> argparse.ArgumentParser:
     info = _command(commands, "info", "what is being served, and the load now")
     _add_target(info)
     info.add_argument("--json", action="store_true", help="print one JSON object")
+
+    explain = _command(commands, "explain", "run a prompt in this process, without a server, and draw each draft tree")
+    explain.add_argument("--prompt", required=True, metavar="TEXT")
+    explain.add_argument("--chat", action="store_true", help="the prompt is a user's message of a chat")
+    explain.add_argument("--steps", type=int, default=8, metavar="N", help="iterations to show (default: %(default)s)")
+    explain.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
+    explain.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    explain.add_argument("--top-k", type=int, default=0, metavar="K")
+    explain.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed gives the same text")
+    explain.add_argument(
+        "--json", action="store_true", help="print a JSON object for each step, and one for the totals"
+    )
+    add_model_flags(explain)
     return parser
 
 

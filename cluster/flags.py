@@ -1,4 +1,4 @@
-"""The flags of `branchline serve` and `cluster.launch`, and the configuration they make."""
+"""The flags of `branchline serve`, `branchline explain` and `cluster.launch`, and the configuration they make."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _FIELDS = {
 }
 
 
-def add_serve_flags(parser: argparse.ArgumentParser) -> None:
-    """Every flag overrides its field of the file given by --config."""
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """What is loaded. Every flag overrides its field of the file given by --config."""
     add = parser.add_argument
     add("--config", metavar="FILE", help="a YAML file with any field of branchline/config.py")
     add("--model", metavar="M", help="a directory, a Hugging Face id, or 'default'")
@@ -32,6 +32,12 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES)
     add("--tree", metavar="T", help="none, chain:K, static:FILE, or choices such as '[[0],[1],[0,0]]'")
     add("--provider", choices=PROVIDERS)
+
+
+def add_serve_flags(parser: argparse.ArgumentParser) -> None:
+    """What is loaded, and a system that serves it."""
+    add_model_flags(parser)
+    add = parser.add_argument
     add("--prefill", type=int, metavar="N", help="number of prefill workers")
     add("--decode", type=int, metavar="N", help="number of decode workers")
     add("--gateways", type=int, metavar="N", help="number of gateways")
@@ -48,7 +54,7 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
 def config_from(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Config:
     """Raises ConfigError for a bad file, an unknown field or a wrong value."""
     config = load(arguments.config) if arguments.config else Config()
-    config = config.override(**{field: getattr(arguments, flag) for flag, field in _FIELDS.items()})
+    config = config.override(**{field: getattr(arguments, flag, None) for flag, field in _FIELDS.items()})
     if not config.ray.address:
         config = config.override(**{"ray.address": environ.get("RAY_ADDRESS")})
     return config

@@ -83,6 +83,11 @@ class Tokens:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
+    def piece(self, token_id: int) -> str:
+        """One token on its own, a special one by its name; part of a character shows as U+FFFD."""
+        text: str = self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+        return text
+
     async def _run(self, encode: Callable[[Any, Input], tuple[int, ...]], value: Input, size: int) -> tuple[int, ...]:
         if size <= _LONG_INPUT:
             return encode(self._tokenizer, value)
