@@ -142,6 +142,7 @@ def _totals(
         }
         return json.dumps(totals, ensure_ascii=False)
     return (
-        f"\ntext: {text!r}\ntotal: {len(token_ids)} tokens, the first by prefill; {stats.target_forwards} target forwards, "
+        f"\ntext: {text!r}\n"
+        f"total: {len(token_ids)} tokens, the first by prefill; {stats.target_forwards} target forwards, "
         f"acceptance length {stats.acceptance_length:.2f}; {stats.drafted} nodes drafted"
     )
