@@ -1,160 +1,183 @@
 """Choosing tokens from logits, the same way wherever a token is chosen.
 
-A token is the argmax over the processed log-probabilities plus Gumbel noise, which draws from exactly their
-distribution (Gumbel 1954; Maddison et al. 2014). The noise is a counter-based hash of (seed, position, token id), so it
-depends on nothing else: not on the batch, the tree, or which worker computes it. See docs/architecture.md, section 5.
+A token is the argmax over the edited logits (`logit_edits`); or, with a temperature above 0, over those divided by it,
+filtered (`filters`), plus Gumbel noise (`noise`), which draws from exactly their distribution (Gumbel 1954; Maddison et
+al. 2014). All of it depends on the sequence alone, bit for bit: not on the batch, the tree, or which worker computes
+it. See docs/architecture.md, section 5.
 """
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 
-from branchline.core import SamplingParams
+from branchline.core import MAX_LOGPROBS, Request
+from branchline.engine.filters import outside_filters
+from branchline.engine.logit_edits import EditTensors, needs_edits
+from branchline.engine.noise import gumbel_noise, noise_key
 
 #: Part of the target's fingerprint: workers that choose tokens differently must not share a request. Raise it when the
-#: same logits, seed and position would give another token.
-SAMPLER_VERSION = "1"
+#: same logits, request and position would give another token.
+SAMPLER_VERSION = "2"
 
-_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed integer: 2**64 / phi, splitmix64's increment
-_MIX_A = -4658895280553007687  # 0xBF58476D1CE4E5B9
-_MIX_B = -7723592293110705685  # 0x94D049BB133111EB
+#: Below it a temperature is as good as greedy, and dividing by it could overflow.
+_LOWEST_TEMPERATURE = 1e-6
+#: Taken from the scores of filtered tokens: more than any two finite scores differ by.
+_FAR = 1e30
 
 
-class SamplingVariant(enum.Enum):
-    """What a batch needs; a host-side constant, so that greedy batches don't pay for noise or filters."""
+@dataclass(frozen=True)
+class SamplingVariant:
+    """What a batch needs; a host-side constant, so that a batch pays only for that."""
 
-    GREEDY = "greedy"
-    NOISE = "noise"
-    FILTERED = "filtered"  # noise, and top-k or top-p somewhere in the batch
+    noise: bool = False
+    filters: bool = False
+    edits: bool = False
+    logprobs: bool = False
+
+    @classmethod
+    def of(cls, requests: Iterable[Request]) -> SamplingVariant:
+        """The cheapest variant that serves all of them."""
+        requests = list(requests)
+        drawn = [request.sampling for request in requests if not request.sampling.greedy]
+        return cls(
+            noise=bool(drawn),
+            filters=any(params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0 for params in drawn),
+            edits=any(needs_edits(request) for request in requests),
+            logprobs=any(request.logprobs is not None for request in requests),
+        )
 
 
 @dataclass
 class SamplingTensors:
-    """Per-request settings on the device, `[batch]` each."""
+    """Per-request settings and progress on the device, `[rows]` each. Greedy rows hold what leaves logits unchanged."""
 
-    seed: torch.Tensor  # int64
-    temperature: torch.Tensor  # float32; 0 is greedy
-    top_p: torch.Tensor  # float32
-    top_k: torch.Tensor  # int64; 0 keeps all
+    key: torch.Tensor  # int64: `noise_key` of the seed and the sample index
+    temperature: torch.Tensor  # float32, above 0; 1 for greedy
+    noise_scale: torch.Tensor  # float32: 1, or 0 for greedy
+    min_p_reach: torch.Tensor  # float32: -log(min_p)
+    top_k: torch.Tensor  # int64, 1 to vocab
+    top_p: torch.Tensor  # float64
+    edits: EditTensors | None  # None in a selection for a variant without edits
 
     @classmethod
-    def empty(cls, batch: int, device: torch.device) -> SamplingTensors:
+    def empty(cls, rows: int, vocab_size: int, device: torch.device) -> SamplingTensors:
+        """Greedy rows without edits."""
+
+        def full(value: float, dtype: torch.dtype) -> torch.Tensor:
+            return torch.full((rows,), value, dtype=dtype, device=device)
+
         return cls(
-            seed=torch.zeros(batch, dtype=torch.int64, device=device),
-            temperature=torch.zeros(batch, dtype=torch.float32, device=device),
-            top_p=torch.ones(batch, dtype=torch.float32, device=device),
-            top_k=torch.zeros(batch, dtype=torch.int64, device=device),
+            key=full(0, torch.int64),
+            temperature=full(1.0, torch.float32),
+            noise_scale=full(0.0, torch.float32),
+            min_p_reach=full(math.inf, torch.float32),
+            top_k=full(vocab_size, torch.int64),
+            top_p=full(1.0, torch.float64),
+            edits=EditTensors.empty(rows, vocab_size, device),
         )
 
-    def load(self, row: int, params: SamplingParams) -> None:
-        """Fills a row from the host."""
-        self.seed[row] = params.seed
-        self.temperature[row] = params.temperature
-        self.top_p[row] = params.top_p
-        self.top_k[row] = params.top_k
+    def load(self, row: int, request: Request, first_token: int | None) -> None:
+        """Fills a row from the host. `first_token`, chosen by prefill, counts as emitted after `request.emitted`.
 
-    def select(self, index: torch.Tensor) -> SamplingTensors:
-        return SamplingTensors(*(getattr(self, f.name).index_select(0, index) for f in fields(self)))
+        Raises InvalidRequestError when the edits name a token id outside the vocabulary.
+        """
+        assert self.edits is not None
+        self.edits.load(row, request, first_token)
+        vocab_size = self.edits.in_prompt.shape[1]
+        params, greedy = request.sampling, request.sampling.greedy
+        self.key[row] = noise_key(params.seed, params.sample_index)
+        self.temperature[row] = 1.0 if greedy else max(params.temperature, _LOWEST_TEMPERATURE)
+        self.noise_scale[row] = 0.0 if greedy else 1.0
+        self.min_p_reach[row] = math.inf if greedy or params.min_p == 0.0 else abs(math.log(params.min_p))
+        self.top_k[row] = vocab_size if greedy or params.top_k == 0 else min(params.top_k, vocab_size)
+        self.top_p[row] = 1.0 if greedy else params.top_p
 
+    def select(self, index: torch.Tensor, variant: SamplingVariant) -> SamplingTensors:
+        """Copies of rows (index int64 `[batch]`); what is as wide as the vocabulary only for a variant with edits."""
+        assert self.edits is not None
+        return SamplingTensors(
+            key=self.key.index_select(0, index),
+            temperature=self.temperature.index_select(0, index),
+            noise_scale=self.noise_scale.index_select(0, index),
+            min_p_reach=self.min_p_reach.index_select(0, index),
+            top_k=self.top_k.index_select(0, index),
+            top_p=self.top_p.index_select(0, index),
+            edits=self.edits.select(index) if variant.edits else None,
+        )
 
-def _shift_right(value: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical shift; PyTorch's is arithmetic."""
-    return (value >> bits) & ((1 << (64 - bits)) - 1)
+    def advance(self, token_ids: torch.Tensor, keep: torch.Tensor) -> None:
+        """A token (int64 `[rows]`) joins the output of each row where `keep` (bool `[rows]`); in place."""
+        if self.edits is not None:
+            self.edits.advance(token_ids, keep)
 
-
-def _mix(value: torch.Tensor) -> torch.Tensor:
-    """The finaliser of splitmix64 (Steele, Lea, Flood 2014) on int64, wrapping."""
-    value = (value ^ _shift_right(value, 30)) * _MIX_A
-    value = (value ^ _shift_right(value, 27)) * _MIX_B
-    return value ^ _shift_right(value, 31)
-
-
-def gumbel_noise(seed: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """Standard Gumbel noise: seed int64 `[batch]`, positions int64 `[batch, n]`, token_ids `[vocab]` -> float32
-    `[batch, n, vocab]`. `positions` are the absolute positions of the tokens to be chosen.
-    """
-    key = _mix(_mix(seed)[:, None] + positions * _GOLDEN)
-    bits = _mix(key[:, :, None] + (token_ids + 1) * _GOLDEN)
-    uniform = (_shift_right(bits, 11).double() + 0.5) * 2.0**-53
-    # -log(1 - u) keeps its digits for small u, where the largest noise comes from.
-    return torch.log(-torch.log1p(-uniform)).neg().float()
-
-
-def _threshold(probabilities: torch.Tensor, reaches: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """The largest t such that the tokens with probability >= t reach a goal; exact, by bisecting the bit patterns,
-    which are ordered like the non-negative floats they stand for. probabilities `[..., vocab]` -> `[..., 1]`.
-    """
-    low = torch.zeros_like(probabilities[..., :1]).view(torch.int32)
-    high = probabilities.amax(-1, keepdim=True).view(torch.int32)
-    for _ in range(31):
-        middle = low + torch.div(high - low + 1, 2, rounding_mode="floor")
-        enough = reaches(probabilities >= middle.view(torch.float32))
-        low = torch.where(enough, middle, low)
-        high = torch.where(enough, high, middle - 1)
-    return low.view(torch.float32)
+    def store(self, index: torch.Tensor, rows: SamplingTensors) -> None:
+        """Writes a selection's progress back. `index` may repeat only rows that did not advance, as padding."""
+        if rows.edits is not None:
+            assert self.edits is not None
+            self.edits.store(index, rows.edits)
 
 
-def _filtered(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Masks everything outside top-k, then outside top-p of what is left. Ties at the border are all kept.
-
-    logits float32 `[batch, n, vocab]`, top_k and top_p `[batch]`.
-    """
-    probabilities = torch.softmax(logits, -1)
-    vocab = logits.shape[-1]
-    wanted = torch.where(top_k > 0, top_k.clamp(max=vocab), vocab)[:, None, None]
-    border = _threshold(probabilities, lambda kept: kept.sum(-1, keepdim=True) >= wanted)
-    probabilities = torch.where(probabilities >= border, probabilities, 0.0)
-    mass = probabilities.sum(-1, keepdim=True) * top_p[:, None, None]
-    border = _threshold(probabilities, lambda kept: (probabilities * kept).sum(-1, keepdim=True) >= mass)
-    # top_p 1 must not lose the tail to rounding in the sum.
-    keep = (probabilities >= border) | (top_p >= 1.0)[:, None, None]
-    return torch.where(keep & (probabilities > 0), logits, float("-inf"))
-
-
-def choose_tokens(
-    logits: torch.Tensor,
-    depths: torch.Tensor,
-    first_position: torch.Tensor,
-    levels: int,
-    sampling: SamplingTensors,
-    variant: SamplingVariant,
+def choose_token(
+    logits: torch.Tensor, position: torch.Tensor, rows: SamplingTensors, variant: SamplingVariant
 ) -> torch.Tensor:
-    """The target's own token at every node: logits `[batch, nodes, vocab]` -> int64 `[batch, nodes]`.
+    """The target's own next token: logits `[batch, vocab]` of any float dtype -> int64 `[batch]`.
 
-    A node of depth d (`depths` int64 `[batch, nodes]`, below `levels`) chooses the token at position
-    `first_position` + d; nodes of equal depth share their noise.
+    position int64 `[batch]`: the absolute position of the token to be chosen. Of equal scores the first wins.
     """
-    greedy = logits.argmax(-1)
-    if variant is SamplingVariant.GREEDY:
-        return greedy
-    vocab = logits.shape[-1]
-    scaled = logits.float() / sampling.temperature.clamp(min=1e-6)[:, None, None]
-    if variant is SamplingVariant.FILTERED:
-        scaled = _filtered(scaled, sampling.top_k, sampling.top_p)
-    positions = first_position[:, None] + torch.arange(levels, device=logits.device)
-    noise = gumbel_noise(sampling.seed, positions, torch.arange(vocab, device=logits.device))
-    noise = noise.gather(1, depths[:, :, None].expand(-1, -1, vocab))
-    return torch.where(sampling.temperature[:, None] > 0, (scaled + noise).argmax(-1), greedy)
+    if variant.edits:
+        assert rows.edits is not None
+        logits = rows.edits.apply(logits)
+    if not variant.noise:
+        return logits.argmax(-1)
+    scaled = logits.float() / rows.temperature[:, None]
+    token_ids = torch.arange(logits.shape[-1], device=logits.device)
+    noise = gumbel_noise(rows.key, position[:, None], token_ids)[:, 0]
+    scores = noise.mul_(rows.noise_scale[:, None]).add_(scaled)
+    if variant.filters:
+        outside = outside_filters(scaled, rows.min_p_reach, rows.top_k, rows.top_p)
+        scores = scores.sub_(outside, alpha=_FAR)
+    return scores.argmax(-1)
 
 
 def draft_scores(
-    log_probabilities: torch.Tensor,
     logits: torch.Tensor,
     positions: torch.Tensor,
     target_token_ids: torch.Tensor,
-    sampling: SamplingTensors,
+    rows: SamplingTensors,
     variant: SamplingVariant,
 ) -> torch.Tensor:
-    """What the draft head ranks children by: logits float32 `[batch, n, draft_vocab]`, positions int64 `[batch, n]`.
+    """What the draft head ranks children by, and adds up along paths: normalised log-scores, float32 `[batch, n,
+    draft_vocab]`.
 
-    The same noise that will choose the target's token raises the chance that it is among the guesses.
+    logits float32 `[batch, n, draft_vocab]`; positions int64 `[batch, n]` of the tokens to be guessed; target_token_ids
+    int64 `[draft_vocab]`. For greedy rows these are log-probabilities. For others the logits are divided by the
+    temperature and given the noise that will choose the target's token: that raises the chance that it is among the
+    guesses.
     """
-    if variant is SamplingVariant.GREEDY:
-        return log_probabilities
-    temperature = sampling.temperature[:, None, None]
-    noise = gumbel_noise(sampling.seed, positions, target_token_ids)
-    return torch.where(temperature > 0, logits / temperature.clamp(min=1e-6) + noise, log_probabilities)
+    if variant.noise:
+        noise = gumbel_noise(rows.key, positions, target_token_ids)
+        scaled = logits / rows.temperature[:, None, None]
+        logits = noise.mul_(rows.noise_scale[:, None, None]).add_(scaled)
+    return torch.log_softmax(logits, -1)
+
+
+def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probabilities of the raw logits `[batch, n, vocab]`, before edits, temperature and filters.
+
+    token_ids int64 `[batch, n]`. Returns the tokens' own, float32 `[batch, n]`; and the likeliest tokens, falling:
+    ids int64 and log-probabilities float32 `[batch, n, MAX_LOGPROBS]`. A smaller vocabulary is filled up with token 0
+    at -inf.
+    """
+    everything = torch.log_softmax(logits, -1, dtype=torch.float32)
+    own = everything.gather(2, token_ids[:, :, None])[:, :, 0]
+    top = everything.topk(min(MAX_LOGPROBS, logits.shape[-1]), -1)
+    missing = (0, MAX_LOGPROBS - top.values.shape[-1])
+    return (
+        own,
+        torch.nn.functional.pad(top.indices, missing),
+        torch.nn.functional.pad(top.values, missing, value=float("-inf")),
+    )
