@@ -2,93 +2,101 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine_helpers import random_parents
+from attention_helpers import Problem, Shape, check
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from branchline.engine.attention import FUSED_FROM_QUERIES, MASKED, PagedAttention, attention_bias
-from branchline.engine.cache import PagedKvCache, slots_of
+from branchline.engine.attention import PagedAttention
+from branchline.engine.cache import PagedKvCache
 from branchline.engine.models.protocol import KvGeometry
-from branchline.engine.tree import topology_tensors
+from branchline.engine.visibility import MASKED, Visibility
 
-BLOCK = 4
-
-
-def dense(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: list[int]) -> torch.Tensor:
-    """One query `[heads, head_dim]` over the visible rows, in float64."""
-    group = query.shape[0] // keys.shape[1]
-    keys = keys[visible].double().repeat_interleave(group, 1)
-    values = values[visible].double().repeat_interleave(group, 1)
-    weights = torch.einsum("hd,rhd->hr", query.double(), keys) * query.shape[1] ** -0.5
-    return torch.einsum("hr,rhd->hd", weights.softmax(-1), values)
+CPU = torch.device("cpu")
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=100)
 @given(
-    seed=st.integers(0, 2**32 - 1),
-    batch=st.integers(1, 3),
-    drafted=st.sampled_from([0, 1, 5, FUSED_FROM_QUERIES]),
-    group=st.sampled_from([1, 3]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-)
-def test_trees_attend_to_their_context_and_ancestors(
-    seed: int, batch: int, drafted: int, group: int, dtype: torch.dtype
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    kv_heads, head_dim, nodes = 2, 8, drafted + 1
-    lengths = torch.randint(1, 20, (batch,), generator=generator)
-    starts = (torch.rand(batch, generator=generator) * lengths).long()
-    width = (int(lengths.max()) + nodes) // BLOCK + 1
-    table = (torch.randperm(batch * width, generator=generator) + 1).view(batch, width)
-    cache = PagedKvCache(KvGeometry(2, kv_heads, head_dim, dtype), batch * width, BLOCK, torch.device("cpu"))
-    cache.storage.copy_(torch.randn(cache.storage.shape, generator=generator))
-    parents = torch.stack([random_parents(generator, drafted) for _ in range(batch)])
-    _, ancestors = topology_tensors(parents, drafted)
-
-    query = torch.randn(batch * nodes, kv_heads * group, head_dim, generator=generator).to(dtype)
-    key, value = torch.randn(2, batch * nodes, kv_heads, head_dim, generator=generator).to(dtype)
-    attention = PagedAttention.over(
-        cache, table, lengths, starts, ancestors, torch.arange(nodes)[None], torch.ones(1, nodes, dtype=torch.bool)
+    st.builds(
+        Shape,
+        bases=st.lists(st.integers(0, 20), min_size=1, max_size=3).map(tuple),
+        nodes=st.sampled_from([1, 2, 6, 17, 65, 70]),
+        tree=st.sampled_from(["random", "chain", "star"]),
+        kv_heads=st.integers(1, 3),
+        group=st.sampled_from([1, 3, 4]),
+        head_dim=st.sampled_from([8, 80]),
+        block_size=st.sampled_from([1, 4, 16]),
+        spare_blocks=st.integers(0, 3),
+        dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+        window=st.sampled_from([None, 1, 3, 100]),
+        late_start=st.booleans(),
+        seed=st.integers(0, 2**32 - 1),
     )
-    attended = attention.attend(1, query, key, value).view(batch, nodes, kv_heads * group, head_dim)
+)
+def test_queries_attend_to_their_context_and_ancestors(shape: Shape) -> None:
+    check(shape, CPU)
 
-    tolerance = 1e-5 if dtype is torch.float32 else 4e-2
-    for row in range(batch):
-        length = int(lengths[row])
-        slots = slots_of(table[row : row + 1], torch.arange(length + nodes)[None], BLOCK)[0]
-        keys, values = cache.storage[1][:, :, slots].transpose(1, 2)
-        assert torch.equal(keys[length:], key.view(batch, nodes, kv_heads, head_dim)[row])
-        for node in range(nodes):
-            visible = [*range(int(starts[row]), length)]
-            visible += [length + other for other in ancestors[row, node].nonzero()[:, 0].tolist()]
-            expected = dense(query.view(batch, nodes, -1, head_dim)[row, node], keys, values, visible)
-            torch.testing.assert_close(attended[row, node].double(), expected, atol=tolerance, rtol=tolerance)
+
+@pytest.mark.parametrize("window", [None, 2, 9])
+def test_a_drafting_level_sees_its_ancestors_in_the_cache(window: int | None) -> None:
+    check(Shape(bases=(7, 0), nodes=12, level=5, late_start=True, window=window), CPU)
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_a_chunk_of_a_prompt(window: int | None) -> None:
+    check(Shape(bases=(33,), nodes=130, tree="chain", block_size=16, window=window), CPU)
 
 
 def test_rows_that_are_not_kept_go_to_the_null_block() -> None:
-    cache = PagedKvCache(KvGeometry(1, 1, 2, torch.float32), 2, BLOCK, torch.device("cpu"))
+    problem = Problem(Shape(bases=(3, 6), nodes=3), CPU)
+    before, expected = problem.cache.storage.clone(), problem.storage_after(0)
+    problem.attention(keep=[True, False]).attend(0, problem.query, problem.key, problem.value)
+    changed = (problem.cache.storage != before).any(4).any(2).any(1).any(0).nonzero()[:, 0].tolist()
+    assert changed == sorted([0, *(problem.slot(0, 3 + node) for node in range(3))])
+    first = [problem.slot(0, 3 + node) for node in range(3)]
+    assert torch.equal(problem.cache.storage[:, :, :, first], expected[:, :, :, first])
+
+
+def test_layers_of_different_windows_share_a_pass() -> None:
+    problem = Problem(Shape(bases=(9,), nodes=3, window=4), CPU)
+    attention = problem.attention()
+    everything = attention.attend(0, problem.query, problem.key, problem.value)
+    expected = problem.answer(problem.storage_after(1), layer=1)
+    attended = attention.attend(1, problem.query, problem.key, problem.value, window=4)
+    torch.testing.assert_close(attended.double(), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(attention.attend(0, problem.query, problem.key, problem.value), everything)
+
+
+def test_without_depths_the_new_rows_are_a_line() -> None:
+    problem = Problem(Shape(bases=(9,), nodes=5, tree="chain", window=3), CPU)
+    triangle = torch.ones(1, 5, 5, dtype=torch.bool).tril()
     attention = PagedAttention.over(
-        cache,
-        torch.tensor([[1], [2]]),
-        torch.tensor([1, 1]),
-        torch.tensor([0, 0]),
-        torch.ones(1, 1, 1, dtype=torch.bool),
-        torch.zeros(1, 1, dtype=torch.int64),
-        torch.tensor([[True], [False]]),
+        problem.cache,
+        problem.table,
+        torch.tensor([9]),
+        torch.tensor([0]),
+        triangle,
+        torch.arange(5)[None],
+        torch.ones(1, 5, dtype=torch.bool),
     )
-    attention.attend(0, *torch.ones(3, 2, 1, 2))
-    written = cache.storage.abs().sum((0, 1, 2, 4)).nonzero()[:, 0].tolist()
-    assert written == [0, BLOCK + 1]
+    expected = problem.answer(problem.storage_after(0), layer=0)
+    attended = attention.attend(0, problem.query, problem.key, problem.value, window=3)
+    torch.testing.assert_close(attended.double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_query_that_sees_nothing_stays_finite() -> None:
-    bias = attention_bias(torch.tensor([0]), torch.tensor([0]), torch.zeros(1, 1, 1, dtype=torch.bool), 4)
+    nothing, zero = torch.zeros(1, 1, 1, dtype=torch.bool), torch.tensor([0])
+    bias = Visibility.of(zero, zero, nothing, zero[None], None).bias(4, None, torch.float32)
     assert (bias == torch.tensor(MASKED)).all()
-    assert torch.softmax(bias, -1).isfinite().all()
+    cache = PagedKvCache(KvGeometry(1, 1, 8, torch.float32), 1, 4, CPU)
+    attention = PagedAttention.over(
+        cache, torch.tensor([[0]]), zero, zero, nothing, zero[None], torch.tensor([[False]])
+    )
+    assert attention.attend(0, *torch.ones(3, 1, 1, 8)).isfinite().all()
 
 
 @pytest.mark.parametrize("rows", [4, 9])
 def test_the_bias_of_a_chunk_is_a_triangle(rows: int) -> None:
-    bias = attention_bias(torch.tensor([2]), torch.tensor([1]), torch.ones(1, 2, 2, dtype=torch.bool).tril(), rows)
-    visible = (bias == 0).int().tolist()[0]
+    triangle = torch.ones(1, 2, 2, dtype=torch.bool).tril()
+    visibility = Visibility.of(torch.tensor([2]), torch.tensor([1]), triangle, torch.tensor([[0, 1]]), None)
+    visible = (visibility.bias(rows, None, torch.float32) == 0).int().tolist()[0]
     assert visible == [[0, 1, 1, 0, *[0] * (rows - 4)], [0, 1, 1, 1, *[0] * (rows - 4)]]

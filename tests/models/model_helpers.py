@@ -21,12 +21,16 @@ class DenseAttention:
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
 
-    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, window: int | None = None
+    ) -> torch.Tensor:
         if layer in self.keys:
             key, value = torch.cat([self.keys[layer], key]), torch.cat([self.values[layer], value])
         self.keys[layer], self.values[layer] = key, value
         group = query.shape[1] // key.shape[1]
         mask = torch.ones(len(query), len(key), dtype=torch.bool).tril(len(key) - len(query))
+        if window is not None:
+            mask = mask.triu(len(key) - len(query) - window + 1)
         attended = F.scaled_dot_product_attention(
             query.transpose(0, 1),
             key.repeat_interleave(group, 1).transpose(0, 1),

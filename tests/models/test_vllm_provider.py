@@ -79,6 +79,7 @@ ARCHITECTURES = {
     "Qwen2": (Qwen2ForCausalLM, tiny(Qwen2Config)),
     "Qwen3": (Qwen3ForCausalLM, tiny(Qwen3Config, head_dim=16)),
     "Mistral": (MistralForCausalLM, tiny(MistralConfig, sliding_window=None)),
+    "Mistral, sliding": (MistralForCausalLM, tiny(MistralConfig, sliding_window=16)),
 }
 
 
@@ -188,7 +189,10 @@ def test_positions_may_repeat(model_dir: Path) -> None:
     class Siblings(DenseAttention):
         """Every token sees the prompt and itself only."""
 
-        def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        def attend(
+            self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, window: int | None = None
+        ) -> torch.Tensor:
+            assert window is None
             kept = self.keys[layer], self.values[layer]
             rows = []
             for row in range(len(query)):
@@ -270,12 +274,6 @@ def test_errors_are_clear(model_dir: Path, head_dir: Path, tmp_path: Path) -> No
     (model_dir / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="no weights"):
         load(model_dir)
-
-
-def test_sliding_windows_are_refused(tmp_path: Path) -> None:
-    save_tiny_model(tmp_path, tiny(MistralConfig, sliding_window=16), MistralForCausalLM)
-    with pytest.raises(ModelError, match="sliding window of 16"):
-        load(tmp_path)
 
 
 PROCESS = """

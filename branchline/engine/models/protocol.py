@@ -56,12 +56,15 @@ class DraftSpec:
 class Attention(Protocol):
     """The attention of one forward pass, bound to a cache, block tables, positions' slots and a mask."""
 
-    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, window: int | None = None
+    ) -> torch.Tensor:
         """Writes key and value to the cache, then attends.
 
         query `[tokens, heads, head_dim]`, key and value `[tokens, kv_heads, head_dim]`, rotated already;
         returns `[tokens, heads, head_dim]` in query's dtype. The scale is head_dim ** -0.5. Query head h
-        reads KV head h // (heads / kv_heads).
+        reads KV head h // (heads / kv_heads). A sliding window lets a query at position p see the positions above
+        p - window, as Hugging Face counts them: the query's own and the window - 1 before it.
         """
         ...
 

@@ -3,7 +3,7 @@
 vLLM gives the model zoo, weight loading, quantisation and fused layers; it gives no scheduler, no cache and no
 attention kernel. Its attention layers call `EngineAttentionImpl`, which hands their rotated query, key and value to the
 `Attention` of the forward pass. So every architecture that vLLM builds from its plain `Attention` layer is served,
-and whatever that layer would have to do differently (sliding windows, soft caps, sinks, …) is refused on loading.
+sliding windows included; whatever else that layer would have to do (soft caps, sinks, …) is refused on loading.
 
 This is the only module that imports vLLM. The CPU build is what it is tested with. The CUDA build selects the same
 backend by name and puts the model on the current device; that path is written from vLLM's source and untested.
@@ -34,7 +34,7 @@ import torch
 import torch.distributed
 import vllm.ir
 from torch.testing._internal.distributed import fake_pg
-from vllm.config import CompilationMode, ModelConfig, VllmConfig, get_current_vllm_config, set_current_vllm_config
+from vllm.config import CompilationMode, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.config.logging import LoggingConfig
 from vllm.distributed import parallel_state
 from vllm.engine.arg_utils import EngineArgs
@@ -93,11 +93,10 @@ class EngineAttentionImpl(AttentionImpl[Any]):
         self.kv_cache_dtype = kv_cache_dtype
         #: Position among the model's attention layers; set when all are known.
         self.layer = -1
-        longest = get_current_vllm_config().model_config.max_model_len
+        self.window = sliding_window
         refused = {
             f"a softmax scale of {scale}": abs(scale * head_size**0.5 - 1.0) > 1e-4,
             "ALiBi": alibi_slopes is not None,
-            f"a sliding window of {sliding_window} tokens": sliding_window is not None and sliding_window < longest,
             "a soft cap on attention logits": bool(logits_soft_cap),
             f"attention of type {attn_type}": attn_type != AttentionType.DECODER,
             "layers that share KV": kv_sharing_target_layer_name is not None,
@@ -121,7 +120,7 @@ class EngineAttentionImpl(AttentionImpl[Any]):
     ) -> torch.Tensor:
         assert output_scale is None, "fused output quantisation was not offered"
         assert output_block_scale is None, "fused output quantisation was not offered"
-        return output.copy_(attn_metadata.attend(self.layer, query, key, value))
+        return output.copy_(attn_metadata.attend(self.layer, query, key, value, window=self.window))
 
 
 @register_backend(AttentionBackendEnum.CPU_ATTN)  # the CPU platform takes this entry whatever is asked for
@@ -146,7 +145,7 @@ class EngineAttentionBackend(AttentionBackend):
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
-        return True  # the implementation refuses those shorter than the context, and says so
+        return True
 
 
 @dataclass(frozen=True)
