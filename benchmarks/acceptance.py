@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     from branchline.core import Request, SamplingParams
     from branchline.engine.assemble import assemble
     from branchline.engine.models.locate import locate_model
-    from branchline.engine.tree import parse_tree
+    from branchline.engine.tree_spec import parse_tree
 
     config = Config().override(
         **{

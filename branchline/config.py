@@ -43,7 +43,8 @@ class ModelConfig:
     dtype: str = "bfloat16"
     provider: str = "vllm"
     device: str = "auto"
-    #: `none`, `chain:K`, `static:FILE`, an inline list of choices, or `default` for the shipped tree.
+    #: `none`, `chain:K`, `static:FILE`, `dynamic:DEPTH,TOPK,NODES`, an inline list of choices, or `default` for the
+    #: shipped tree.
     tree: str = "default"
 
     def __post_init__(self) -> None:
@@ -66,6 +67,8 @@ class EngineConfig:
     max_model_len: int = 0
     #: Requests that decode together.
     max_batch: int = 8
+    #: Sizes to which a batch is padded, each with its own CUDA graphs; those above `max_batch` are left out.
+    batch_buckets: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     #: Tokens that one prefill step computes.
     prefill_chunk_tokens: int = 512
     #: Compute threads of a worker; 0 chooses by role and cores, see `threads_for`.
@@ -74,6 +77,10 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in ("block_size", "kv_cache_mib", "max_batch", "prefill_chunk_tokens"):
             _require(getattr(self, name) >= 1, f"engine.{name}: must be at least 1, got {getattr(self, name)}")
+        _require(
+            all(size >= 1 for size in self.batch_buckets),
+            f"engine.batch_buckets: must be positive, got {list(self.batch_buckets)}",
+        )
         for name in ("max_model_len", "threads"):
             _require(getattr(self, name) >= 0, f"engine.{name}: must not be negative, got {getattr(self, name)}")
 
@@ -224,8 +231,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, where)
     if isinstance(hint, types.GenericAlias):
-        if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
-            raise ConfigError(f"{where}: must be a list of strings")
+        item_type = typing.get_args(hint)[0]
+        if not isinstance(value, (list, tuple)) or not all(type(item) is item_type for item in value):
+            raise ConfigError(f"{where}: must be a list of {'strings' if item_type is str else 'whole numbers'}")
         return tuple(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

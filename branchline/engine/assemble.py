@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from branchline.config import Config
+from branchline.config import Config, ConfigError
 from branchline.engine.models.load import load_models
 from branchline.engine.models.protocol import Models
-from branchline.engine.tree import TreeTopology, parse_tree, resolve_tree
+from branchline.engine.tree import TreeTopology
+from branchline.engine.tree_spec import parse_tree, resolve_tree
 
 
 def assemble(config: Config, progress: Callable[[str], None] | None = None) -> tuple[Models, TreeTopology]:
@@ -19,4 +20,9 @@ def assemble(config: Config, progress: Callable[[str], None] | None = None) -> t
     tree = parse_tree(config.model.tree)
     model = config.model if tree.num_nodes else dataclasses.replace(config.model, draft="none")
     models = load_models(model, config.engine, progress)
-    return models, resolve_tree(config.model.tree, has_draft=models.draft is not None)
+    tree = resolve_tree(config.model.tree, has_draft=models.draft is not None)
+    if models.draft is not None and tree.guesses > (known := models.draft.spec.draft_vocab_size):
+        raise ConfigError(
+            f"model.tree: {tree.spec} asks for {tree.guesses} guesses, the draft head knows {known} tokens"
+        )
+    return models, tree

@@ -1,123 +1,160 @@
 """Decode: a batch of requests that join and leave between iterations. The host's side of the iteration.
 
-Synchronous; owned by one engine thread.
+Synchronous; owned by one engine thread. On CUDA an iteration is launched before the last one's tokens are read, so the
+host's knowledge of a sequence's length lags by one iteration, and blocks are allocated that far ahead.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from branchline.config import EngineConfig
-from branchline.core import DraftTree, FinishReason, InvalidRequestError, KvSpan, Request
-from branchline.engine.blocks import OutOfBlocksError
+from branchline.core import DraftTree, FinishReason, InvalidRequestError, KvSpan, Request, TokenLogprobs
+from branchline.engine.allocations import Allocation as Allocation
+from branchline.engine.allocations import Allocations
+from branchline.engine.blocks import BlockPool
 from branchline.engine.draft import TreeDrafter
-from branchline.engine.iteration import EXHAUSTED, RUNNING, STOPPED, DecodeIteration
+from branchline.engine.execute import Executor, executor_for
+from branchline.engine.flight import Landing
+from branchline.engine.iteration import DecodeIteration
 from branchline.engine.models.protocol import KvGeometry, Models
-from branchline.engine.sequence import KvCaches, check_token_ids, variant_for
-from branchline.engine.state import BatchState
+from branchline.engine.sampling import SamplingVariant
+from branchline.engine.sequence import KvCaches, check_token_ids
+from branchline.engine.state import BatchState, Start
 from branchline.engine.tree import TreeTopology
 
-#: Tokens by which the context that attention reads grows at a time: few shapes, little waste.
+#: Tokens by which the context that attention reads grows at a time on the CPU: few shapes, little waste. On CUDA the
+#: whole block table is passed, and the kernels stop at each sequence's length.
 CONTEXT_BUCKET = 128
-
-_FINISH = {RUNNING: None, STOPPED: FinishReason.STOP, EXHAUSTED: FinishReason.LENGTH}
-
-
-@dataclass(eq=False)
-class Allocation:
-    """A sequence's blocks and batch slot, from Reserve to the end; `length` is known to the host once it runs."""
-
-    slot: int
-    blocks: list[int]
-    max_length: int
-    request: Request | None = None
-    length: int = 0
-    drafted: int = 0
-    released: bool = False
-
-    @property
-    def running(self) -> bool:
-        return self.request is not None
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one iteration did for one request. `drafted` counts the draft nodes that it verified."""
+    """What one iteration did for one request. `drafted` counts the draft nodes that it verified; `logprobs` are as many
+    as `token_ids` if the request asked for them, else none."""
 
     allocation: Allocation
     token_ids: tuple[int, ...]
     finish: FinishReason | None
     drafted: int
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True)
+class Step:
+    """`preempted` are the allocations that were released for want of blocks; their requests may start again later."""
+
+    results: list[StepResult] = field(default_factory=list)
+    preempted: list[Allocation] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A launched iteration: each row's allocation, with the draft nodes that it verifies."""
+
+    rows: list[tuple[Allocation, int]]
+    landing: Landing
 
 
 class DecodeRunner:
-    """Runs the batch on one device. Not thread-safe by design."""
+    """Runs the batch on one device. Not thread-safe by design.
 
-    def __init__(self, models: Models, engine: EngineConfig, tree: TreeTopology) -> None:
-        self._caches = KvCaches(models, engine, tree)
-        self._vocab_size = models.target.spec.vocab_size
-        self._tree = tree
-        self._state = BatchState.empty(engine.max_batch, tree.num_nodes, models.device)
-        drafter = None
-        if models.draft is not None and self._caches.draft is not None:
-            drafter = TreeDrafter(models.draft, self._caches.draft, tree, models.target.spec.max_position)
-        self._iteration = DecodeIteration(models.target, self._caches.target, drafter, self._state, tree)
-        width = self._caches.blocks_for(self._caches.max_model_len)
-        self._block_tables = torch.zeros((engine.max_batch + 1, width), dtype=torch.int64, device=models.device)
-        self._free_slots = list(range(engine.max_batch - 1, -1, -1))
-        self._running: list[Allocation] = []
+    `pipelined` launches an iteration before the last one's results are read; by default on CUDA only.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        engine: EngineConfig,
+        tree: TreeTopology,
+        *,
+        executor: Executor | None = None,
+        pipelined: bool | None = None,
+    ) -> None:
+        device = models.device
+        self.caches = KvCaches(models, engine, tree)
         self.max_batch = engine.max_batch
-        self.max_model_len = self._caches.max_model_len
-        self.pool = self._caches.pool
+        self.max_model_len = self.caches.max_model_len
+        self.state = BatchState.empty(engine.max_batch, tree.num_nodes, models.target.spec.vocab_size, device)
+        self._models = models
+        self.tree = tree
+        self._drafter: TreeDrafter | None = None
+        if models.draft is not None and self.caches.draft is not None:
+            self._drafter = TreeDrafter(models.draft, self.caches.draft, models.target.spec.max_position)
+        self._iterations: dict[int, DecodeIteration] = {}
+        self._pipelined = device.type == "cuda" if pipelined is None else pipelined
+        lead = (tree.depth + 1) * (1 if self._pipelined else 0)
+        self._allocations = Allocations(self.caches, engine.max_batch, lead, device)
+        self._executor = executor or executor_for(device, idle_slot=engine.max_batch)
+        self._buckets = sorted({size for size in engine.batch_buckets if size < engine.max_batch} | {engine.max_batch})
+        self._running: list[Allocation] = []
+        self._flight: _Flight | None = None
+        self._slots = torch.empty(0, dtype=torch.int64, device=device)
+        self._slots_of: list[int] = []
+
+    @property
+    def pool(self) -> BlockPool:
+        return self.caches.pool
 
     @property
     def target_kv(self) -> KvGeometry:
-        return self._caches.target_kv
+        return self.caches.target_kv
 
     @property
     def draft_kv(self) -> KvGeometry | None:
-        return self._caches.draft_kv
+        return self.caches.draft_kv
 
     @property
     def running(self) -> int:
         return len(self._running)
 
-    def check_integrity(self) -> None:
-        self.pool.check_integrity()
-        slots = [allocation.slot for allocation in self._running]
-        assert len(set(slots)) == len(slots), "two requests share a slot"
-        assert not set(slots) & set(self._free_slots), "a running request's slot is free"
+    @property
+    def live(self) -> list[Allocation]:
+        """The allocations that have not been released."""
+        return list(self._allocations.live)
 
-    def check(self, context_length: int, max_length: int) -> None:
-        """Raises InvalidRequestError for a sequence that could never fit."""
+    def check_integrity(self) -> None:
+        self._allocations.check_integrity()
+        assert all(not allocation.released for allocation in self._running), "a released request runs"
+
+    def check(self, context_length: int, max_length: int, samples: int = 1) -> None:
+        """Raises InvalidRequestError for a sequence, or for samples, that could never fit."""
         if not 0 < context_length < max_length:
             raise InvalidRequestError(f"a context of {context_length} tokens does not fit a sequence of {max_length}")
         if context_length >= self.max_model_len:
             raise InvalidRequestError(
                 f"the context has {context_length} tokens; at most {self.max_model_len - 1} leave room for an answer"
             )
+        if not self._allocations.could_fit(context_length, samples):
+            raise InvalidRequestError(f"{samples} samples of {context_length} tokens can't be decoded at once here")
 
-    def allocate(self, max_length: int) -> Allocation:
-        """Promises a slot and the blocks of the worst case, so that a running request never lacks one.
+    def can_allocate(self, context_length: int, samples: int = 1) -> bool:
+        """Whether slots and blocks are free, with a block left for each live sequence to grow."""
+        return self._allocations.can_allocate(context_length, samples)
 
-        Raises OutOfBlocksError, and takes nothing, when either is short now.
-        """
-        if not self._free_slots:
-            raise OutOfBlocksError(f"all {self.max_batch} batch slots are taken")
-        max_length = min(max_length, self.max_model_len)
-        blocks = self.pool.allocate(self._caches.blocks_for(max_length))
-        slot = self._free_slots.pop()
-        self._block_tables[slot].zero_()
-        self._block_tables[slot, : len(blocks)] = self._block_tables.new_tensor(blocks)
-        return Allocation(slot, blocks, max_length)
+    def allocate(
+        self, context_length: int, max_length: int, samples: int = 1, rank: float = 0.0, priority: int = 0
+    ) -> list[Allocation]:
+        """Slots and the context's blocks for each sample; the first takes the hand-off, and the others share the blocks
+        that the context fills. More blocks are added while they run; when there are none, the allocation of the
+        largest `rank` is preempted. Raises OutOfBlocksError, and takes nothing, when slots or blocks are short now."""
+        return self._allocations.allocate(context_length, min(max_length, self.max_model_len), samples, rank, priority)
 
     def import_kv(self, allocation: Allocation, span: KvSpan, data: bytes) -> None:
         """Scatters a span's canonical bytes into the cache. Raises InvalidRequestError when it lies outside the
         allocation or carries the wrong number of bytes."""
         assert not allocation.released
-        self._caches.load(allocation.blocks, span, data)
+        self.caches.load(allocation.blocks, span, data)
+
+    @torch.inference_mode()
+    def share_context(self, group: list[Allocation]) -> None:
+        """Copies the context's last rows, those in a block that it doesn't fill, from the first sample to the others.
+        To be called once, when all of the context's KV is in the cache and before any of them starts."""
+        self._allocations.share_context(group)
 
     def start(
         self, allocation: Allocation, request: Request, first_token: int, tree: DraftTree, has_draft_kv: bool
@@ -129,68 +166,114 @@ class DecodeRunner:
         assert not allocation.running
         context = len(request.context)
         remaining = min(request.max_length, allocation.max_length) - context - 1
+        if context != allocation.context_length:
+            raise InvalidRequestError(f"{allocation.context_length} context tokens are promised, not {context}")
         if remaining < 1:
             raise InvalidRequestError(f"{allocation.max_length} tokens are promised; a context of {context} fills them")
-        check_token_ids((first_token, *tree.tokens), self._vocab_size)
-        tree = self._fitting(tree)
+        check_token_ids((first_token, *tree.tokens), self._models.target.spec.vocab_size)
+        budget = self.tree.num_nodes if request.draft_nodes is None else request.draft_nodes
+        budget = min(budget, self.tree.num_nodes)
+        tree = fitting(tree, budget, self.tree.cut(budget).depth)
         draft_start = 1 if has_draft_kv else context + 1
-        self._state.load(allocation.slot, request, first_token, tree, draft_start, remaining)
-        allocation.request, allocation.length, allocation.drafted = request, context, len(tree)
+        self.state.load(allocation.slot, Start(request, first_token, tree, budget, draft_start, remaining))
+        allocation.start(request, budget, len(tree))
         self._running.append(allocation)
 
-    def step(self) -> list[StepResult]:
-        """One iteration over all running requests; those that finish have left the batch."""
+    def step(self) -> Step:
+        """One iteration over all running requests; those that finish have left the batch.
+
+        When iterations are pipelined, the results are the last step's.
+        """
         if not self._running:
-            return []
-        batch = list(self._running)
-        slots = self._bucket([allocation.slot for allocation in batch])
-        longest = max(allocation.length for allocation in batch) + self._caches.headroom
-        width = min(
-            -(-longest // CONTEXT_BUCKET) * -(-CONTEXT_BUCKET // self._caches.block_size), self._block_tables.shape[1]
-        )
-        variant = variant_for([allocation.request.sampling for allocation in batch if allocation.request])
-        emission = self._iteration.run(slots, self._block_tables.index_select(0, slots)[:, :width], variant)
-        token_ids, counts = emission.token_ids.tolist(), emission.count.tolist()
-        finishes = emission.finish.tolist()
-        results = []
-        for allocation, tokens, count, finish in zip(batch, token_ids, counts, finishes, strict=False):
-            results.append(StepResult(allocation, tuple(tokens[:count]), _FINISH[finish], allocation.drafted))
-            allocation.length += count
-            allocation.drafted = self._tree.num_nodes
-            if finish != RUNNING:
-                self._leave(allocation)
-        return results
+            self._flight = None  # nobody waits for it: its requests were released
+            return Step()
+        preempted = self._allocations.grow(self._running)
+        for allocation in preempted:
+            self.release(allocation)
+        landed = self._flight
+        self._flight = self._launch() if self._running else None
+        if not self._pipelined:
+            landed, self._flight = self._flight, None
+        return Step(self._collect(landed) if landed else [], preempted)
 
     def release(self, allocation: Allocation) -> None:
         """Leaves the batch if it is in it, and frees blocks and slot. Idempotent."""
-        if allocation.released:
-            return
         if allocation in self._running:
             self._leave(allocation)
-        allocation.released = True
-        self.pool.release(allocation.blocks)
-        self._free_slots.append(allocation.slot)
+        self._allocations.release(allocation)
+
+    @torch.inference_mode()
+    def _launch(self) -> _Flight:
+        batch = list(self._running)
+        requests = [allocation.request for allocation in batch if allocation.request]
+        iteration = self.iteration(max(allocation.budget for allocation in batch))
+        variant = SamplingVariant.of(requests)
+        slots = self._bucket([allocation.slot for allocation in batch])
+        block_table = self._allocations.block_tables.index_select(0, slots)[:, : self._width(batch)]
+        key = (iteration.nodes, *block_table.shape, variant)
+        iteration.observe("launch")
+        emission = self._executor(key, partial(iteration.run, variant=variant), slots, block_table)
+        rows = []
+        for allocation in batch:
+            rows.append((allocation, allocation.drafted))
+            allocation.drafted = allocation.budget
+        return _Flight(rows, Landing(emission))
+
+    def _collect(self, flight: _Flight) -> list[StepResult]:
+        """The results of those who are still there: a pipelined iteration may bring tokens of a request that was
+        released, or nothing for one that finished, meanwhile."""
+        wanted = [allocation.request.logprobs if allocation.request else None for allocation, _ in flight.rows]
+        results = []
+        for (allocation, drafted), row in zip(flight.rows, flight.landing.rows(wanted), strict=True):
+            if allocation.released or not allocation.running:
+                continue
+            results.append(StepResult(allocation, row.token_ids, row.finish, drafted, row.logprobs))
+            allocation.length += len(row.token_ids)
+            if row.finish is not None:
+                self._leave(allocation)
+        return results
 
     def _leave(self, allocation: Allocation) -> None:
         self._running.remove(allocation)
-        self._state.clear(allocation.slot)
+        self.state.clear(allocation.slot)
+        allocation.leave()
+
+    def iteration(self, budget: int) -> DecodeIteration:
+        """The iteration for the smallest power of two that holds `budget` nodes, or for the whole tree."""
+        nodes = min(self.tree.num_nodes, 1 << (budget - 1).bit_length()) if budget else 0
+        if nodes not in self._iterations:
+            self._iterations[nodes] = DecodeIteration(
+                self._models.target, self.caches.target, self._drafter, self.state, self.tree.cut(nodes)
+            )
+        return self._iterations[nodes]
+
+    def _width(self, batch: Iterable[Allocation]) -> int:
+        """Blocks of the block table that the iteration reads."""
+        widest = self._allocations.block_tables.shape[1]
+        if self._pipelined:
+            return widest
+        longest = max(allocation.length for allocation in batch) + self.caches.headroom
+        return min(-(-longest // CONTEXT_BUCKET) * -(-CONTEXT_BUCKET // self.caches.block_size), widest)
 
     def _bucket(self, slots: list[int]) -> torch.Tensor:
-        """Pads the batch to a power of two with the state's padding row."""
-        size = 1 << (len(slots) - 1).bit_length()
+        """The slots on the device, padded to a batch bucket with the state's padding row."""
+        size = next(size for size in self._buckets if size >= len(slots))
         padded = slots + [self.max_batch] * (size - len(slots))
-        return torch.tensor(padded, dtype=torch.int64, device=self._block_tables.device)
+        if padded != self._slots_of:
+            self._slots, self._slots_of = self._slots.new_tensor(padded), padded
+        return self._slots
 
-    def _fitting(self, tree: DraftTree) -> DraftTree:
-        """The part of a shipped tree that this worker's shapes can hold: the first nodes, down to its own depth."""
-        kept: dict[int, int] = {0: 0}  # node number there -> here
-        depth = {0: 0}
-        entries: list[tuple[int, int, float]] = []
-        for number, (token, parent, score) in enumerate(zip(tree.tokens, tree.parents, tree.scores, strict=True), 1):
-            depth[number] = depth[parent] + 1
-            if len(entries) == self._tree.num_nodes:
-                break
-            if depth[number] <= self._tree.depth:
-                entries.append((token, kept[parent], score))
-                kept[number] = len(entries)
-        return DraftTree(*(tuple(column) for column in zip(*entries, strict=True))) if entries else DraftTree()
+
+def fitting(tree: DraftTree, nodes: int, max_depth: int) -> DraftTree:
+    """The part of a shipped tree that fits: the first nodes, down to a depth."""
+    kept: dict[int, int] = {0: 0}  # node number there -> here
+    depth = {0: 0}
+    entries: list[tuple[int, int, float]] = []
+    for number, (token, parent, score) in enumerate(zip(tree.tokens, tree.parents, tree.scores, strict=True), 1):
+        depth[number] = depth[parent] + 1
+        if len(entries) == nodes:
+            break
+        if depth[number] <= max_depth:
+            entries.append((token, kept[parent], score))
+            kept[number] = len(entries)
+    return DraftTree(*(tuple(column) for column in zip(*entries, strict=True))) if entries else DraftTree()

@@ -5,25 +5,37 @@ Synchronous; owned by one engine thread.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from branchline.config import EngineConfig
-from branchline.core import DraftTree, FinishReason, InvalidRequestError, KvSpan, Request
+from branchline.core import (
+    MAX_SAMPLES,
+    DraftTree,
+    FinishReason,
+    InvalidRequestError,
+    KvSpan,
+    Request,
+    TokenLogprobs,
+)
 from branchline.engine.attention import PagedAttention
-from branchline.engine.draft import DraftHeads, TreeDrafter
+from branchline.engine.blocks import BlockPool
+from branchline.engine.draft import DraftHeads, Root, TreeDrafter
+from branchline.engine.growing import grower_for
 from branchline.engine.models.protocol import KvGeometry, Models
-from branchline.engine.sampling import SamplingTensors, choose_tokens
-from branchline.engine.sequence import KvCaches, check_token_ids, variant_for
+from branchline.engine.sampling import SamplingTensors, SamplingVariant, choose_token, token_logprobs
+from branchline.engine.sequence import KvCaches, check_token_ids
 from branchline.engine.tree import TreeTopology
 
 
 @dataclass
 class PrefillTask:
-    """One request in prefill. `computed` tokens of the context have their target KV in the cache."""
+    """One request in prefill, in one or several samples. `computed` tokens of the context have their target KV in the
+    cache; `first_tokens` are the samples' so far."""
 
     request: Request
+    samples: int
     blocks: list[int]
     block_table: torch.Tensor  # int64 [1, blocks]
     token_ids: torch.Tensor  # int64 [context]
@@ -31,7 +43,7 @@ class PrefillTask:
     #: State of the last computed position: the target's hidden state, and the fused one for the draft head.
     last_hidden: torch.Tensor | None = field(default=None, repr=False)
     last_fused: torch.Tensor | None = field(default=None, repr=False)
-    first_token: int | None = None
+    first_tokens: dict[int, int] = field(default_factory=dict)
     released: bool = False
 
     @property
@@ -43,6 +55,15 @@ class PrefillTask:
         return self.computed == self.length
 
 
+@dataclass(frozen=True)
+class FirstChoice:
+    """A sample's first token; `finish` is set when it ends the request, `logprobs` if the request asked for them."""
+
+    token_id: int
+    finish: FinishReason | None
+    logprobs: TokenLogprobs | None
+
+
 class PrefillRunner:
     """Computes prompts on one device. Not thread-safe by design."""
 
@@ -52,11 +73,14 @@ class PrefillRunner:
         self._chunk = engine.prefill_chunk_tokens
         self._device = models.device
         self._drafter: TreeDrafter | None = None
+        self._grower = grower_for(tree, models.device)
         if models.draft is not None and self._caches.draft is not None:
-            spec = models.target.spec
-            self._drafter = TreeDrafter(models.draft, self._caches.draft, tree, spec.max_position)
+            self._drafter = TreeDrafter(models.draft, self._caches.draft, models.target.spec.max_position)
         self.max_model_len = self._caches.max_model_len
-        self.pool = self._caches.pool
+
+    @property
+    def pool(self) -> BlockPool:
+        return self._caches.pool
 
     @property
     def target_kv(self) -> KvGeometry:
@@ -69,9 +93,11 @@ class PrefillRunner:
     def check_integrity(self) -> None:
         self.pool.check_integrity()
 
-    def begin(self, request: Request) -> PrefillTask:
-        """Takes the blocks. Raises InvalidRequestError for a context that is too long or has an id outside the
-        vocabulary, OutOfBlocksError when blocks are short now."""
+    def begin(self, request: Request, samples: int = 1) -> PrefillTask:
+        """Takes the blocks. Sample i is the request's `sample_index` + i. Raises InvalidRequestError for a context that
+        is too long or has an id outside the vocabulary, OutOfBlocksError when blocks are short now."""
+        if not 1 <= samples <= MAX_SAMPLES - request.sampling.sample_index:
+            raise InvalidRequestError(f"samples must be between 1 and {MAX_SAMPLES} in all, got {samples}")
         context = request.context
         if len(context) >= self.max_model_len:
             raise InvalidRequestError(
@@ -81,6 +107,7 @@ class PrefillRunner:
         blocks = self.pool.allocate(self._caches.blocks_for(len(context)))
         return PrefillTask(
             request,
+            samples,
             blocks,
             torch.tensor([blocks], dtype=torch.int64, device=self._device),
             torch.tensor(context, dtype=torch.int64, device=self._device),
@@ -114,38 +141,40 @@ class PrefillRunner:
         return start, end
 
     @torch.inference_mode()
-    def first_token(self, task: PrefillTask) -> tuple[int, FinishReason | None]:
-        """Samples the first token, with the same noise as decode would; tells whether it ends the request."""
+    def first_token(self, task: PrefillTask, sample: int = 0) -> FirstChoice:
+        """Chooses a sample's first token, with the same noise as decode would."""
         assert task.done
         assert task.last_hidden is not None
-        request = task.request
-        logits = self._models.target.logits(task.last_hidden)[None]
-        no_depth = torch.zeros((1, 1), dtype=torch.int64, device=self._device)
-        chosen = choose_tokens(
-            logits, no_depth, self._scalar(task.length), 1, self._sampling(task), variant_for([request.sampling])
-        )
-        task.first_token = int(chosen.item())
-        if task.first_token in request.stop_token_ids:
-            return task.first_token, FinishReason.STOP
-        if len(request.emitted) + 1 == request.max_tokens or task.length + 1 >= self.max_model_len:
-            return task.first_token, FinishReason.LENGTH
-        return task.first_token, None
+        rows, variant = self._sampling(task, sample)
+        logits = self._models.target.logits(task.last_hidden)
+        chosen = choose_token(logits, self._scalar(task.length), rows, variant)
+        token_id = task.first_tokens[sample] = int(chosen.item())
+        logprobs = None
+        if task.request.logprobs is not None:
+            own, top_ids, top = token_logprobs(logits[None], chosen[None])
+            likeliest = zip(top_ids[0, 0].tolist(), top[0, 0].tolist(), strict=True)
+            logprobs = TokenLogprobs(own.item(), tuple(likeliest)[: task.request.logprobs])
+        finish = task.request.finish_after(token_id)
+        if finish is None and task.length + 1 >= self.max_model_len:
+            finish = FinishReason.LENGTH
+        return FirstChoice(token_id, finish, logprobs)
 
     @torch.inference_mode()
-    def draft(self, task: PrefillTask) -> DraftTree:
-        """The first tree, after `first_token`; completes the draft rows 1 … length. Empty without a draft head."""
-        assert task.first_token is not None
-        if self._drafter is None:
+    def draft(self, task: PrefillTask, sample: int = 0) -> DraftTree:
+        """A sample's first tree, after its `first_token`; completes the draft rows 1 … length, of which the last is the
+        sample's own: another sample's tree overwrites it. Empty without a draft head."""
+        if self._drafter is None or self._grower is None or task.request.draft_nodes == 0:
             return DraftTree()
         assert task.last_fused is not None
         root, one = self._scalar(task.length), self._scalar(1)
         table = self._table(task, task.length + self._caches.headroom)
-        heads = self._extend(table, self._scalar(task.first_token)[None], task.last_fused, task.length)
+        heads = self._extend(table, self._scalar(task.first_tokens[sample])[None], task.last_fused, task.length)
         keep = torch.ones(1, dtype=torch.bool, device=self._device)
-        tokens, scores = self._drafter.grow(
-            heads, root, one, keep, table, self._sampling(task), variant_for([task.request.sampling])
-        )
-        return DraftTree(tuple(tokens[0].tolist()), self._drafter.tree.parents, tuple(scores[0].tolist()))
+        rows, variant = self._sampling(task, sample)
+        tree = self._grower.grow(self._drafter, Root(heads, root, one, keep, table, rows, variant))
+        nodes = task.request.draft_nodes
+        columns = (column[0, :nodes].tolist() for column in (tree.tokens, tree.parents, tree.scores))
+        return DraftTree(*map(tuple, columns))
 
     def export(self, task: PrefillTask, span: KvSpan) -> bytes:
         """Canonical bytes of a span that is complete. Raises InvalidRequestError when it lies outside."""
@@ -181,7 +210,9 @@ class PrefillRunner:
     def _scalar(self, value: int) -> torch.Tensor:
         return torch.tensor([value], dtype=torch.int64, device=self._device)
 
-    def _sampling(self, task: PrefillTask) -> SamplingTensors:
-        tensors = SamplingTensors.empty(1, self._device)
-        tensors.load(0, task.request.sampling)
-        return tensors
+    def _sampling(self, task: PrefillTask, sample: int) -> tuple[SamplingTensors, SamplingVariant]:
+        request = task.request
+        sampling = replace(request.sampling, sample_index=request.sampling.sample_index + sample)
+        tensors = SamplingTensors.empty(1, self._models.target.spec.vocab_size, self._device)
+        tensors.load(0, replace(request, sampling=sampling), None)
+        return tensors, SamplingVariant.of([request])

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 
 from branchline.config import ConfigError, EngineConfig
-from branchline.core import InvalidRequestError, KvPart, KvSpan, SamplingParams
+from branchline.core import InvalidRequestError, KvPart, KvSpan
 from branchline.engine.blocks import BlockPool, blocks_for
 from branchline.engine.cache import PagedKvCache, slots_of
 from branchline.engine.models.protocol import Models
-from branchline.engine.sampling import SamplingVariant
 from branchline.engine.tree import TreeTopology
 
 MIB = 2**20
@@ -23,8 +22,8 @@ class KvCaches:
         target = models.target.spec
         self.block_size = engine.block_size
         self.max_model_len = min(engine.max_model_len or target.max_position, target.max_position)
-        #: Rows behind a sequence's tokens: an accepted path, then the next tree with its root.
-        self.headroom = tree.depth + 1 + tree.num_nodes + 1
+        #: Rows behind a sequence's tokens: an accepted path, then the root with the next tree, grown or verified.
+        self.headroom = tree.depth + 1 + max(tree.num_nodes + 1, tree.draft_rows)
         self.target_kv = target.kv
         self.draft_kv = models.draft.spec.kv if models.draft is not None and tree.num_nodes > 0 else None
         per_token = sum(kv.bytes_per_token for kv in (self.target_kv, self.draft_kv) if kv is not None)
@@ -84,11 +83,3 @@ def check_token_ids(token_ids: tuple[int, ...], vocab_size: int) -> None:
     for token_id in token_ids:
         if not 0 <= token_id < vocab_size:
             raise InvalidRequestError(f"token id {token_id} is not below the vocabulary size {vocab_size}")
-
-
-def variant_for(samplings: list[SamplingParams]) -> SamplingVariant:
-    """The cheapest sampling variant that serves all of a batch."""
-    sampled = [sampling for sampling in samplings if not sampling.greedy]
-    if any(sampling.top_k > 0 or sampling.top_p < 1.0 for sampling in sampled):
-        return SamplingVariant.FILTERED
-    return SamplingVariant.NOISE if sampled else SamplingVariant.GREEDY

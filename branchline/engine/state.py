@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
 from branchline.core import MAX_STOP_TOKEN_IDS, DraftTree, Request
-from branchline.engine.sampling import SamplingTensors
+from branchline.engine.sampling import SamplingTensors, SamplingVariant
 
 #: Stands for "no node" among parents and "no token" among stop ids; equals no node number and no token id.
 ABSENT = -1
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a request joins the batch. `tree` has at most `budget` nodes; `remaining` tokens may be emitted after
+    `first_token`; draft rows exist from `draft_start` on."""
+
+    request: Request
+    first_token: int
+    tree: DraftTree
+    budget: int
+    draft_start: int
+    remaining: int
 
 
 @dataclass
@@ -18,13 +31,15 @@ class BatchState:
     """Tensors `[slots + 1, …]` on one device. The last row is padding: never active, it fills up a batch bucket.
 
     `length` counts the tokens whose target KV is in the cache; the root stands at that position. `draft_start` is the
-    first draft row that exists. `remaining` tokens may still be emitted.
+    first draft row that exists. `remaining` tokens may still be emitted. `budget` nodes may be drafted; the columns of
+    a tree from there on stay ABSENT.
     """
 
     length: torch.Tensor  # int64
     root: torch.Tensor  # int64: token id of node 0
     tree_tokens: torch.Tensor  # int64 [slots + 1, nodes]
     tree_parents: torch.Tensor  # int64 [slots + 1, nodes]: node numbers, ABSENT where there is no node
+    budget: torch.Tensor  # int64
     draft_start: torch.Tensor  # int64
     remaining: torch.Tensor  # int64
     stop_token_ids: torch.Tensor  # int64 [slots + 1, MAX_STOP_TOKEN_IDS]
@@ -32,7 +47,7 @@ class BatchState:
     sampling: SamplingTensors
 
     @classmethod
-    def empty(cls, slots: int, nodes: int, device: torch.device) -> BatchState:
+    def empty(cls, slots: int, nodes: int, vocab_size: int, device: torch.device) -> BatchState:
         def full(value: int, *shape: int) -> torch.Tensor:
             return torch.full((slots + 1, *shape), value, dtype=torch.int64, device=device)
 
@@ -41,34 +56,44 @@ class BatchState:
             root=full(0),
             tree_tokens=full(0, nodes),
             tree_parents=full(ABSENT, nodes),
+            budget=full(0),
             draft_start=full(1),
             remaining=full(0),
             stop_token_ids=full(ABSENT, MAX_STOP_TOKEN_IDS),
             active=torch.zeros(slots + 1, dtype=torch.bool, device=device),
-            sampling=SamplingTensors.empty(slots + 1, device),
+            sampling=SamplingTensors.empty(slots + 1, vocab_size, device),
         )
 
-    def select(self, slots: torch.Tensor) -> BatchState:
-        """The rows of a batch, `[batch, …]` each."""
-        rows = {f.name: getattr(self, f.name).index_select(0, slots) for f in fields(self) if f.name != "sampling"}
-        return BatchState(**rows, sampling=self.sampling.select(slots))
+    def select(self, slots: torch.Tensor, nodes: int, variant: SamplingVariant) -> BatchState:
+        """The rows of a batch, `[batch, …]` each, with the first `nodes` columns of their trees."""
+        return BatchState(
+            length=self.length.index_select(0, slots),
+            root=self.root.index_select(0, slots),
+            tree_tokens=self.tree_tokens[:, :nodes].index_select(0, slots),
+            tree_parents=self.tree_parents[:, :nodes].index_select(0, slots),
+            budget=self.budget.index_select(0, slots),
+            draft_start=self.draft_start.index_select(0, slots),
+            remaining=self.remaining.index_select(0, slots),
+            stop_token_ids=self.stop_token_ids.index_select(0, slots),
+            active=self.active.index_select(0, slots),
+            sampling=self.sampling.select(slots, variant),
+        )
 
-    def load(
-        self, slot: int, request: Request, first_token: int, tree: DraftTree, draft_start: int, remaining: int
-    ) -> None:
-        """Fills a slot from the host, between iterations. `tree` must fit the state's number of nodes."""
-        nodes = self.tree_tokens.shape[1]
-        assert len(tree) <= nodes, (len(tree), nodes)
+    def load(self, slot: int, start: Start) -> None:
+        """Fills a slot from the host, between iterations."""
+        request, tree, nodes = start.request, start.tree, self.tree_tokens.shape[1]
+        assert len(tree) <= start.budget <= nodes, (len(tree), start.budget, nodes)
         padding = nodes - len(tree)
         stop = [*request.stop_token_ids, *[ABSENT] * (MAX_STOP_TOKEN_IDS - len(request.stop_token_ids))]
         self.length[slot] = len(request.context)
-        self.root[slot] = first_token
+        self.root[slot] = start.first_token
         self.tree_tokens[slot] = self.tree_tokens.new_tensor([*tree.tokens, *[0] * padding])
         self.tree_parents[slot] = self.tree_parents.new_tensor([*tree.parents, *[ABSENT] * padding])
-        self.draft_start[slot] = draft_start
-        self.remaining[slot] = remaining
+        self.budget[slot] = start.budget
+        self.draft_start[slot] = start.draft_start
+        self.remaining[slot] = start.remaining
         self.stop_token_ids[slot] = self.stop_token_ids.new_tensor(stop)
-        self.sampling.load(slot, request.sampling)
+        self.sampling.load(slot, request, start.first_token)
         self.active[slot] = True
 
     def clear(self, slot: int) -> None:

@@ -14,7 +14,7 @@ from e2e_helpers import Fleet, Options, complete_all, complete_disturbed, runnin
 from e2e_model import MAX_LENGTH, TinyModel
 
 from branchline.client import Client, Completion
-from branchline.engine.tree import parse_tree
+from branchline.engine.tree_spec import parse_tree
 
 pytestmark = [pytest.mark.wire, pytest.mark.timeout(240)]
 

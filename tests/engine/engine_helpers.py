@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from model_helpers import head_config, head_tensors, save_head, save_tiny_model, tiny_config
@@ -11,10 +12,12 @@ from model_helpers import head_config, head_tensors, save_head, save_tiny_model,
 from benchmarks.offline import Pipeline
 from branchline.config import EngineConfig, ModelConfig
 from branchline.core import Request
+from branchline.engine.execute import Executor
 from branchline.engine.models.load import load_models
 from branchline.engine.models.protocol import DraftSpec, KvGeometry, Models, TargetSpec
 from branchline.engine.sequence import KvCaches
-from branchline.engine.tree import TreeTopology, parse_tree
+from branchline.engine.tree import StaticTree, TreeTopology
+from branchline.engine.tree_spec import parse_tree
 
 VOCAB = 12
 
@@ -28,7 +31,7 @@ def random_parents(generator: torch.Generator, drafted: int) -> torch.Tensor:
     return torch.tensor([-1, *[int(draw * (node + 1)) for node, draw in enumerate(draws.tolist())]])
 
 
-def random_tree(generator: torch.Generator, drafted: int, guesses: int = 4) -> TreeTopology:
+def random_tree(generator: torch.Generator, drafted: int, guesses: int = 4) -> StaticTree:
     """A random static tree, each node having its first guesses as children, as many as come."""
     choices: list[tuple[int, ...]] = []
     while len(choices) < drafted:
@@ -37,7 +40,7 @@ def random_tree(generator: torch.Generator, drafted: int, guesses: int = 4) -> T
         rank = sum(choice[:-1] == parent for choice in choices)
         if rank < guesses:
             choices.append((*parent, rank))
-    return TreeTopology("random", tuple(choices))
+    return StaticTree("random", tuple(choices))
 
 
 def save_tiny_pair(directory: Path) -> tuple[Path, Path]:
@@ -62,9 +65,17 @@ def load_tiny(pair: tuple[Path, Path], draft: bool = True) -> Models:
 class TinyPipeline(Pipeline):
     """Small caches, and settings by name; `run_text` returns tokens alone."""
 
-    def __init__(self, models: Models, tree: TreeTopology | str, **engine: int) -> None:
+    def __init__(
+        self,
+        models: Models,
+        tree: TreeTopology | str,
+        executor: Executor | None = None,
+        pipelined: bool = False,
+        **engine: Any,
+    ) -> None:
         settings = dataclasses.replace(EngineConfig(), **{"kv_cache_mib": 8, "block_size": 4} | engine)
-        super().__init__(models, parse_tree(tree) if isinstance(tree, str) else tree, settings)
+        topology = parse_tree(tree) if isinstance(tree, str) else tree
+        super().__init__(models, topology, settings, executor=executor, pipelined=pipelined)
         self.forwards = 0
 
     def run_text(self, requests: list[Request], in_flight: int = 1, ship_draft: bool = True) -> dict[str, list[int]]:

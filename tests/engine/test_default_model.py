@@ -107,10 +107,10 @@ def test_a_superset_tree_accepts_at_least_as_much(models: Models, prompts: list[
         prefix = Request("0", request.prompt, TOKENS, emitted=tuple(text[:position]))
         lengths = []
         for engine in (small, large):
-            allocation, *_ = engine.hand_off(prefix)
-            (result,) = engine.decode.step()
+            sample = engine.hand_off(prefix)
+            (result,) = engine.decode.step().results
             lengths.append(len(result.token_ids))
-            engine.decode.release(allocation)
+            engine.decode.release(sample.allocation)
         assert lengths[1] >= lengths[0]
         gained += lengths[1] - lengths[0]
     assert gained > 0, "the larger tree never helped: nothing was tested"

@@ -13,6 +13,7 @@ from branchline.core import FinishReason, Request, SamplingParams
 from branchline.engine import iteration
 from branchline.engine.cache import PagedKvCache
 from branchline.engine.models.protocol import Models
+from branchline.engine.tree import TreeTopology
 
 pytestmark = pytest.mark.models
 
@@ -163,17 +164,17 @@ def test_a_superset_tree_accepts_at_least_as_much(tiny: Models, seed: int, tempe
 
 
 def accepted_by_position(
-    models: Models, tree: iteration.TreeTopology, prompt: tuple[int, ...], text: list[int], sampling: SamplingParams
+    models: Models, tree: TreeTopology, prompt: tuple[int, ...], text: list[int], sampling: SamplingParams
 ) -> list[int]:
     pipeline = TinyPipeline(models, tree)
     lengths = []
     for position in range(len(text) - 1):
         request = Request("position", prompt, 64, sampling, emitted=tuple(text[:position]))
-        allocation, first, _, _ = pipeline.hand_off(request)
-        assert first == text[position]
-        (result,) = pipeline.decode.step()
+        sample = pipeline.hand_off(request)
+        assert sample.first_token == text[position]
+        (result,) = pipeline.decode.step().results
         lengths.append(len(result.token_ids))
-        pipeline.decode.release(allocation)
+        pipeline.decode.release(sample.allocation)
     return lengths
 
 
@@ -214,12 +215,12 @@ def test_the_reason_for_the_end_is_reported(tiny: Models) -> None:
     pipeline = TinyPipeline(tiny, "chain:2")
     reasons = []
     for stop in ((), (last_to_appear,)):
-        allocation, *_ = pipeline.hand_off(Request("r", (3, 1, 4), 30, stop_token_ids=stop))
+        sample = pipeline.hand_off(Request("r", (3, 1, 4), 30, stop_token_ids=stop))
         finish = None
         while finish is None:
-            (result,) = pipeline.decode.step()
+            (result,) = pipeline.decode.step().results
             finish = result.finish
         reasons.append(finish)
-        pipeline.decode.release(allocation)
+        pipeline.decode.release(sample.allocation)
     assert reasons[0] is FinishReason.LENGTH
     assert reasons[1] is FinishReason.STOP

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from branchline.config import ConfigError
-from branchline.engine.tree import DEFAULT_CHOICES, TreeTopology, parse_tree, resolve_tree, topology_tensors
+from branchline.engine.tree import StaticTree, topology_tensors
+from branchline.engine.tree_spec import DEFAULT_CHOICES, parse_tree, resolve_tree
 
 
 def test_an_inline_list_of_choices() -> None:
@@ -86,4 +87,4 @@ def _line(parents: list[int], node: int) -> list[int]:
 
 def test_every_prefix_of_the_default_tree_is_a_tree() -> None:
     for size in range(1, len(DEFAULT_CHOICES) + 1):
-        TreeTopology("prefix", DEFAULT_CHOICES[:size])
+        StaticTree("prefix", DEFAULT_CHOICES[:size])

@@ -1,0 +1,165 @@
+"""Who holds which batch slot and which blocks in the decode worker, and who has to give them back.
+
+A sequence gets the blocks of its context first and more as it grows. When none are left, the live allocation of the
+largest rank is preempted; the smallest rank is never preempted for another, so somebody always gets on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from branchline.core import Request
+from branchline.engine.blocks import OutOfBlocksError
+from branchline.engine.cache import slots_of
+from branchline.engine.sequence import KvCaches
+
+
+@dataclass(eq=False)
+class Allocation:
+    """A sequence's blocks and batch slot, from Reserve to the end. `length` is what the host knows of it.
+
+    `rank` orders the allocations, the smallest being served first and preempted last; `group` are the samples of one
+    request, this one included, and their context is `shared` once each has all of it.
+    """
+
+    slot: int
+    blocks: list[int]
+    context_length: int
+    max_length: int
+    rank: float = 0.0
+    priority: int = 0
+    group: list[Allocation] = field(default_factory=list, repr=False)
+    shared: bool = False
+    request: Request | None = None
+    running: bool = False
+    length: int = 0
+    budget: int = 0
+    drafted: int = 0
+    released: bool = False
+
+    def start(self, request: Request, budget: int, drafted: int) -> None:
+        self.request, self.budget, self.drafted, self.running = request, budget, drafted, True
+        self.length = self.context_length
+
+    def leave(self) -> None:
+        self.running = False
+
+
+class Allocations:
+    """All allocations of a decode worker. `lead`: tokens by which a sequence may be longer than the host knows."""
+
+    def __init__(self, caches: KvCaches, slots: int, lead: int, device: torch.device) -> None:
+        self._caches = caches
+        self._pool = caches.pool
+        self._lead = lead
+        self._slots = slots
+        self._free_slots = list(range(slots - 1, -1, -1))
+        width = caches.blocks_for(caches.max_model_len + lead)
+        #: int64 `[slots + 1, width]`: block ids by slot, the null block where there is none; the last row is padding.
+        self.block_tables = torch.zeros((slots + 1, width), dtype=torch.int64, device=device)
+        self.live: list[Allocation] = []
+
+    def check_integrity(self) -> None:
+        self._pool.check_integrity()
+        slots = [allocation.slot for allocation in self.live]
+        assert len(set(slots)) == len(slots), "two allocations share a slot"
+        assert sorted(slots + self._free_slots) == list(range(self._slots)), "a slot is lost"
+        held = {block for allocation in self.live for block in allocation.blocks}
+        assert len(held) == self._pool.used, "a block is held by no live allocation"
+
+    def could_fit(self, context_length: int, samples: int) -> bool:
+        """Whether all of it would fit if nothing else were there."""
+        return samples <= self._slots and self._blocks(context_length, samples) <= self._pool.total
+
+    def can_allocate(self, context_length: int, samples: int) -> bool:
+        """Whether it fits now, leaving a block for each live sequence to grow, lest it is preempted at once."""
+        spare = len(self.live)
+        enough = self._pool.can_allocate(self._blocks(context_length, samples) + spare)
+        return samples <= len(self._free_slots) and enough
+
+    def allocate(
+        self, context_length: int, max_length: int, samples: int, rank: float, priority: int
+    ) -> list[Allocation]:
+        """Raises OutOfBlocksError, and takes nothing, when slots or blocks are short."""
+        if samples > len(self._free_slots):
+            raise OutOfBlocksError(f"{samples} batch slots needed, {len(self._free_slots)} of {self._slots} free")
+        fresh = self._pool.allocate(self._blocks(context_length, samples))
+        full = fresh[: context_length // self._caches.block_size]
+        tail = (len(fresh) - len(full)) // samples
+        group: list[Allocation] = []
+        for sample in range(samples):
+            own = fresh[len(full) + sample * tail :][:tail]
+            if sample > 0:
+                self._pool.share(full)
+            allocation = Allocation(self._free_slots.pop(), [], context_length, max_length, rank, priority, group)
+            self.block_tables[allocation.slot].zero_()
+            self._append(allocation, full + own)
+            group.append(allocation)
+        if samples == 1:
+            group[0].shared = True
+        self.live += group
+        return group
+
+    def share_context(self, group: list[Allocation]) -> None:
+        """Copies the rows behind the context's full blocks from the first of a group to the others."""
+        first = group[0]
+        assert not first.released
+        assert not first.running
+        context, size = first.context_length, self._caches.block_size
+        positions = torch.arange(context - context % size, context, device=self.block_tables.device)[None]
+        for other in group[1:]:
+            if not other.released and positions.numel() > 0:
+                source = slots_of(self.block_tables[first.slot][None], positions, size)
+                target = slots_of(self.block_tables[other.slot][None], positions, size)
+                for cache in filter(None, (self._caches.target, self._caches.draft)):
+                    cache.move(source.reshape(-1), target.reshape(-1))
+        for allocation in group:
+            allocation.shared = True
+
+    def grow(self, running: list[Allocation]) -> list[Allocation]:
+        """Gives each running sequence the blocks that the next iteration may write to, the smallest rank first. Returns
+        those that must be released, in this order, for want of blocks; their blocks are back in the pool already."""
+        preempted: list[Allocation] = []
+        for allocation in sorted(running, key=_order):
+            needed = self._caches.blocks_for(allocation.length + self._lead) - len(allocation.blocks)
+            while needed > 0 and not allocation.released:
+                if self._pool.can_allocate(needed):
+                    self._append(allocation, self._pool.allocate(needed))
+                    break
+                preempted += self._preempt()
+        return preempted
+
+    def release(self, allocation: Allocation) -> None:
+        """Frees blocks and slot. Idempotent."""
+        if allocation.released:
+            return
+        allocation.released = True
+        self.live.remove(allocation)
+        self._pool.release(allocation.blocks)
+        self._free_slots.append(allocation.slot)
+
+    def _preempt(self) -> list[Allocation]:
+        """Releases the allocation of the largest rank. A group whose context isn't shared yet goes as a whole: its
+        other samples would wait for a context that never comes."""
+        last = max(self.live, key=_order)
+        victims = [last] if last.shared else [allocation for allocation in last.group if not allocation.released]
+        for victim in victims:
+            self.release(victim)
+        return victims
+
+    def _append(self, allocation: Allocation, blocks: list[int]) -> None:
+        start = len(allocation.blocks)
+        self.block_tables[allocation.slot, start : start + len(blocks)] = self.block_tables.new_tensor(blocks)
+        allocation.blocks += blocks
+
+    def _blocks(self, context_length: int, samples: int) -> int:
+        """Blocks that `samples` sequences with one context take: those that the context fills once, the others each."""
+        full = context_length // self._caches.block_size
+        return full + samples * (self._caches.blocks_for(context_length + self._lead) - full)
+
+
+def _order(allocation: Allocation) -> tuple[float, int]:
+    """By rank; the slot only makes it a total order."""
+    return allocation.rank, allocation.slot

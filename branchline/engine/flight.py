@@ -1,0 +1,57 @@
+"""An iteration in flight: its tokens on their way to the host while the next one may already run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from branchline.core import FinishReason, TokenLogprobs
+from branchline.engine.iteration import EXHAUSTED, RUNNING, STOPPED, Emission
+
+_FINISH = {RUNNING: None, STOPPED: FinishReason.STOP, EXHAUSTED: FinishReason.LENGTH}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one iteration did for one slot of the batch."""
+
+    token_ids: tuple[int, ...]
+    finish: FinishReason | None
+    logprobs: tuple[TokenLogprobs, ...]
+
+
+class Landing:
+    """Copies an emission to pinned host memory behind the iteration on its stream; `rows` waits for that copy alone.
+
+    On the CPU the iteration is over when its call returns, and nothing is copied.
+    """
+
+    def __init__(self, emission: Emission) -> None:
+        tensors = emission.tensors()
+        self._event: torch.cuda.Event | None = None
+        if emission.count.is_cuda:
+            tensors = tuple(
+                torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors
+            )
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+        self._tensors = tensors
+
+    def rows(self, wanted: list[int | None]) -> list[Row]:
+        """The first rows of the batch. `wanted[i]`: how many of the likeliest tokens' log-probabilities row i reports;
+        None for none at all."""
+        if self._event is not None:
+            self._event.synchronize()
+        token_ids, counts, finishes, *logprobs = (tensor.tolist() for tensor in self._tensors)
+        rows = []
+        for index, top in enumerate(wanted):
+            count = counts[index]
+            reports: list[TokenLogprobs] = []
+            if top is not None:
+                own, top_ids, top_values = (column[index] for column in logprobs)
+                for step in range(count):
+                    likeliest = zip(top_ids[step][:top], top_values[step][:top], strict=True)
+                    reports.append(TokenLogprobs(own[step], tuple(likeliest)))
+            rows.append(Row(tuple(token_ids[index][:count]), _FINISH[finishes[index]], tuple(reports)))
+        return rows

@@ -1,0 +1,102 @@
+"""The draft tree as it is configured: the forms that `model.tree` takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from branchline.config import ConfigError
+from branchline.engine.tree import DynamicTree, StaticTree, TreeTopology
+
+#: What `default` stands for: the shape with the most tokens per second for the default model and head on two cores, in
+#: the order of measured acceptance (docs/engine.md). A better head or a faster machine wants a larger one.
+DEFAULT_CHOICES: tuple[tuple[int, ...], ...] = ((0,), (1,), (0, 0), (2,), (0, 1))
+
+MAX_NODES = 256
+MAX_GUESSES = 64
+
+
+def parse_tree(text: str) -> TreeTopology:
+    """Reads `none`, `chain:K`, `static:FILE`, `dynamic:DEPTH,TOPK,NODES`, `default` or an inline JSON list of choices.
+
+    Raises ConfigError naming `model.tree` for anything else, and for trees that are not connected, list a node twice
+    or are too large.
+    """
+    text = text.strip()
+    if text == "none":
+        return StaticTree("none", ())
+    if text == "default":
+        return StaticTree("default", DEFAULT_CHOICES)
+    if text.startswith("chain:"):
+        return StaticTree(text, tuple((0,) * (depth + 1) for depth in range(_chain_length(text))))
+    if text.startswith("dynamic:"):
+        return _dynamic(text)
+    if text.startswith("static:"):
+        return StaticTree(text, _checked_choices(_read_choices(Path(text.removeprefix("static:")))))
+    if text.startswith("["):
+        try:
+            return StaticTree(text, _checked_choices(json.loads(text)))
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"model.tree: not a JSON list of choices: {error}") from error
+    raise ConfigError(
+        "model.tree: must be none, default, chain:K, static:FILE, dynamic:DEPTH,TOPK,NODES or a list of choices, "
+        f"got {text!r}"
+    )
+
+
+def resolve_tree(text: str, has_draft: bool) -> TreeTopology:
+    """`parse_tree`, given whether there is a draft head: without one `default` means `none`; others are errors."""
+    tree = parse_tree(text)
+    if has_draft or tree.num_nodes == 0:
+        return tree
+    if tree.spec == "default":
+        return StaticTree("none", ())
+    raise ConfigError(f"model.tree: {text} needs a draft head, and model.draft is none")
+
+
+def _chain_length(text: str) -> int:
+    length = text.removeprefix("chain:")
+    if not length.isdecimal() or not 1 <= int(length) <= MAX_NODES:
+        raise ConfigError(f"model.tree: chain:K needs K between 1 and {MAX_NODES}, got {length!r}")
+    return int(length)
+
+
+def _dynamic(text: str) -> DynamicTree:
+    numbers = text.removeprefix("dynamic:").split(",")
+    if len(numbers) != 3 or not all(number.strip().isdecimal() for number in numbers):
+        raise ConfigError(f"model.tree: dynamic:DEPTH,TOPK,NODES needs three whole numbers, got {text!r}")
+    depth, top_k, nodes = map(int, numbers)
+    for name, value, limit in (("DEPTH", depth, MAX_NODES), ("TOPK", top_k, MAX_GUESSES), ("NODES", nodes, MAX_NODES)):
+        if not 1 <= value <= limit:
+            raise ConfigError(f"model.tree: {name} must be between 1 and {limit}, got {value} in {text!r}")
+    depth = min(depth, nodes)
+    if nodes > (candidates := DynamicTree.candidates_of(depth, top_k)):
+        raise ConfigError(f"model.tree: {text} asks for {nodes} nodes, but {depth} levels of {top_k} give {candidates}")
+    return DynamicTree(text, depth, top_k, nodes)
+
+
+def _read_choices(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"model.tree: {path}: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"model.tree: {path} is not a JSON list of choices: {error}") from error
+
+
+def _checked_choices(value: object) -> tuple[tuple[int, ...], ...]:
+    if not isinstance(value, list) or not all(isinstance(choice, list) for choice in value):
+        raise ConfigError("model.tree: choices must be a list of lists of ranks, such as [[0],[1],[0,0]]")
+    if not 1 <= len(value) <= MAX_NODES:
+        raise ConfigError(f"model.tree: must have between 1 and {MAX_NODES} nodes, has {len(value)}")
+    choices = [tuple(choice) for choice in value]
+    for choice in choices:
+        if not choice or not all(type(rank) is int and 0 <= rank < MAX_GUESSES for rank in choice):
+            raise ConfigError(f"model.tree: {list(choice)} is not a path of ranks between 0 and {MAX_GUESSES - 1}")
+        if choice[:-1] and choice[:-1] not in choices:
+            raise ConfigError(f"model.tree: not connected: {list(choice)} is there without {list(choice[:-1])}")
+    if len(set(choices)) != len(choices):
+        raise ConfigError("model.tree: lists a node twice")
+    rank = {choice: index for index, choice in enumerate(choices)} | {(): -1}
+    in_order = all(rank[choice[:-1]] < index for index, choice in enumerate(choices))
+    return tuple(choices if in_order else sorted(choices, key=len))
