@@ -1,232 +1,239 @@
-"""One attempt at a request on one pair of workers: two legs, one stream of tokens.
+"""One attempt at samples that share a prompt, on one pair of workers.
 
-The decode worker's Attach is opened first, so that no token can be missed; then the prefill worker is asked to
-compute and to ship to that lease. Both legs report into one queue, which the attempt reads: tokens carry their
-output index, so the first one, which both report, is taken once, and a gap is seen.
+The decode worker's token streams are opened first, one for each sample, so that no token can be missed; then the
+prefill worker is asked to compute and to ship to the first sample's lease. Until that hand-off is over all samples
+share its fate; afterwards each goes its own way.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from collections.abc import AsyncGenerator, Mapping, Sequence
 
 import grpc
 
-from branchline.core import FinishReason, InvalidRequestError
+from branchline.core import InvalidRequestError
 from branchline.v1 import decode_pb2, prefill_pb2
 from branchline.wire import convert
-from branchline.wire.status import RpcFailure
-from gateway.background import cancel_all
-from gateway.journal import AttemptRecord, JournalEntry
-from gateway.leases import Placement
+from gateway.intake import Intake
+from gateway.leases import Leases, Placement
+from gateway.legs import PREFILL, Ended, Legs
+from gateway.outcome import AttemptEndedError, Cause, Completed, Outcome
 from gateway.worker import Worker
 
-#: Events between the legs and the attempt; when they are full, gRPC's flow control slows the workers down.
-_QUEUE = 64
-#: Seconds that a decode worker may take to open the stream.
+#: Seconds that a decode worker may take to open the streams.
 _ATTACH_TIMEOUT_S = 5.0
-
-#: Takes new tokens; returns True when they complete a stop string, so that no more are wanted.
-Deliver = Callable[[Sequence[int]], Awaitable[bool]]
-
-
-@dataclass(frozen=True, slots=True)
-class Completed:
-    """The request has all of its tokens. `lease_done`: the decode worker has said so itself."""
-
-    reason: FinishReason
-    lease_done: bool = False
-
-
-class AttemptFailedError(Exception):
-    """This attempt will give no more tokens; another may.
-
-    `suspects` are the workers that may be to blame; `misfit` is set when they refused each other, `busy` when the
-    prefill worker had no room (then nothing is wrong, and the attempt does not count).
-    """
-
-    def __init__(self, reason: str, *suspects: Worker, misfit: bool = False, busy: bool = False) -> None:
-        super().__init__(reason)
-        self.suspects = suspects
-        self.misfit = misfit
-        self.busy = busy
-
-
-@dataclass(frozen=True, slots=True)
-class _Ended:
-    """A leg's stream is over; `failure` is None when it ended well."""
-
-    leg: Worker
-    failure: RpcFailure | None = None
-
-
-_Event = decode_pb2.AttachResponse | prefill_pb2.PrefillResponse | _Ended
+#: When the prefill worker reports that the lease has ended, the decode worker tells why: it has this many seconds.
+_VERDICT_S = 0.25
 
 
 class Attempt:
-    """`deliver` gets each token once, in order, from the request's next output index on."""
+    """`intakes`: one for each lease of `placement`, in that order."""
 
     def __init__(
         self,
-        entry: JournalEntry,
-        record: AttemptRecord,
+        intakes: Sequence[Intake],
         placement: Placement,
-        deliver: Deliver,
+        leases: Leases,
         *,
         stall_timeout_s: float,
         timeout_s: float,
     ) -> None:
-        self._entry = entry
-        self._record = record
+        assert len(intakes) == len(placement.lease_ids)
+        self._intakes = intakes
+        self._placement = placement
         self._prefill = placement.pair.prefill
         self._decode = placement.pair.decode
-        self._placement = placement
-        self._deliver = deliver
-        self._start = len(entry.emitted)  # output index of the first token that prefill samples
+        self._leases = leases
         self._stall_timeout_s = stall_timeout_s
-        self._timeout_s = timeout_s
-        self._events: asyncio.Queue[_Event] = asyncio.Queue(maxsize=_QUEUE)
-        self._decoding = False  # the decode worker has everything: the prefill leg does not matter any more
+        self._legs = Legs(intakes[0].sample.entry.request_id, timeout_s)
+        #: Samples that want more tokens from this attempt.
+        self._live = dict(enumerate(intakes))
+        #: Why the leases that are still held will be given back.
+        self._held = dict.fromkeys(range(len(intakes)), "the request was cancelled")
+        self._handed_off = False
+        self._verdict: AttemptEndedError | None = None  # the prefill worker's, until the decode worker has had its say
 
-    async def run(self) -> Completed:
-        """Raises AttemptFailedError, or InvalidRequestError when the workers refuse the request for good.
+    async def outcomes(self) -> AsyncGenerator[Mapping[int, Outcome]]:
+        """Yields which samples have ended, and how, as it happens. Raises InvalidRequestError when the workers refuse
+        the request for good.
 
-        Both calls have ended, or are cancelled, when it returns or raises; the lease is the caller's to end.
+        All calls are cancelled and all leases given back when it ends or is closed.
         """
-        request = convert.request_to_proto(self._entry.next_request())
-        legs = {self._open(self._decode, "Attach", self._attach_request(request))}
         try:
-            await self._attached()
-            legs.add(self._open(self._prefill, "Prefill", self._prefill_request(request)))
-            while True:
-                if completed := await self._handle(await self._next_event(self._stall_timeout_s)):
-                    return completed
+            for sample, intake in enumerate(self._intakes):
+                request = convert.request_to_proto(intake.sample.entry.next_request())
+                attach = decode_pb2.AttachRequest(lease_id=self._placement.lease_ids[sample], request=request)
+                self._legs.open(sample, self._decode, "Attach", attach)
+            try:
+                await self._attached()
+            except AttemptEndedError as error:
+                yield self._end_all(error)
+                return
+            for intake in self._intakes:
+                intake.heard = self._legs.waited_s
+            self._legs.open(PREFILL, self._prefill, "Prefill", self._prefill_request())
+            while self._live:
+                if ended := await self._step():
+                    yield ended
         finally:
-            await cancel_all(legs)
+            await self._legs.close()
+            for sample in tuple(self._held):
+                self._give_back(sample)
 
-    def _attach_request(self, request: Any) -> decode_pb2.AttachRequest:
-        return decode_pb2.AttachRequest(lease_id=self._placement.lease_id, request=request)
-
-    def _prefill_request(self, request: Any) -> prefill_pb2.PrefillRequest:
+    def _prefill_request(self) -> prefill_pb2.PrefillRequest:
         return prefill_pb2.PrefillRequest(
-            request=request,
+            request=convert.request_to_proto(self._intakes[0].sample.entry.next_request()),
             decode_address=self._decode.address,
-            lease_id=self._placement.lease_id,
+            lease_id=self._placement.lease_ids[0],
             ship_draft=self._placement.accepts_draft,
+            samples=len(self._intakes),
         )
 
-    def _open(self, worker: Worker, method: str, request: Any) -> asyncio.Task[None]:
-        return asyncio.create_task(self._read(worker, method, request), name=f"{method} {self._entry.request_id}")
-
-    async def _read(self, worker: Worker, method: str, request: Any) -> None:
-        """One leg: passes the responses on; cancelling it cancels the call."""
-        failure = None
-        try:
-            async with contextlib.aclosing(worker.stream(method, request, self._timeout_s)) as responses:
-                async for response in responses:
-                    await self._events.put(response)
-        except RpcFailure as error:
-            failure = error
-        await self._events.put(_Ended(worker, failure))
-
-    async def _next_event(self, timeout_s: float) -> _Event:
-        while True:
-            try:
-                async with asyncio.timeout(timeout_s):
-                    return await self._events.get()
-            except TimeoutError:
-                # Waiting for one's turn at a busy prefill worker is no stall: that one gets on with others' prompts.
-                queued = len(self._entry.emitted) == self._start and not self._decoding
-                if queued and self._prefill.progressed_within(timeout_s):
-                    continue
-            suspects = [self._decode] if self._decoding else [self._prefill, self._decode]
-            raise AttemptFailedError(f"no token for {timeout_s:g} s", *suspects)
-
     async def _attached(self) -> None:
+        """Returns when every stream has begun."""
+        missing = set(self._live)
         try:
             async with asyncio.timeout(_ATTACH_TIMEOUT_S):
-                event = await self._events.get()
+                while missing:
+                    key, event = await self._legs.next(_ATTACH_TIMEOUT_S)
+                    if isinstance(event, Ended):
+                        raise _ended_error(event, self._prefill, self._decode)
+                    if key not in missing or event.WhichOneof("event") != "attached":
+                        raise AttemptEndedError("the stream did not begin with `attached`", self._decode)
+                    missing.discard(key)
         except TimeoutError:
-            raise AttemptFailedError("the token stream was not opened in time", self._decode) from None
-        if isinstance(event, _Ended):
-            self._fail(event)
-        if not isinstance(event, decode_pb2.AttachResponse) or event.WhichOneof("event") != "attached":
-            raise AttemptFailedError("the stream did not begin with `attached`", self._decode)
+            raise AttemptEndedError("the token stream was not opened in time", self._decode) from None
 
-    async def _handle(self, event: _Event) -> Completed | None:
-        match event:
-            case decode_pb2.AttachResponse():
-                return await self._handle_decode(event)
-            case prefill_pb2.PrefillResponse():
-                return await self._handle_prefill(event)
-            case _Ended():
-                if event.leg is not self._prefill or not self._decoding:
-                    self._fail(event)
-        return None
+    async def _step(self) -> Mapping[int, Outcome]:
+        """Waits for one event; which samples it ends."""
+        try:
+            key, event = await self._legs.next(self._patience_s())
+        except TimeoutError:
+            return self._stalled() if self._verdict is None else self._end_all(self._verdict)
+        for sample in self._live if not self._handed_off else {key} & self._live.keys():
+            self._intakes[sample].heard = self._legs.waited_s
+        try:
+            match event:
+                case prefill_pb2.PrefillResponse():
+                    return await self._on_prefill(event)
+                case decode_pb2.AttachResponse():
+                    return await self._on_decode(key, event)
+                case Ended():
+                    self._on_end(key, event)
+        except AttemptEndedError as error:
+            together = key in (PREFILL, 0) or error.cause is Cause.PREEMPTED or self._verdict is not None
+            return self._end_all(error) if together and not self._handed_off else self._end(key, error)
+        return {}
 
-    async def _handle_decode(self, event: decode_pb2.AttachResponse) -> Completed | None:
-        match event.WhichOneof("event"):
-            case "tokens":
-                self._decoding = True
-                self._record.speculation = convert.speculation_from_proto(event.tokens.speculation)
-                return await self._take(event.tokens.index, event.tokens.token_ids, self._decode)
-            case "finished":
-                reason = self._finish_reason(event.finished.reason, self._decode)
-                if reason is None or not self._entry.emitted:
-                    raise AttemptFailedError("the decode worker finished without a reason or a token", self._decode)
-                return Completed(reason, lease_done=True)
-        return None
-
-    async def _handle_prefill(self, event: prefill_pb2.PrefillResponse) -> Completed | None:
+    async def _on_prefill(self, event: prefill_pb2.PrefillResponse) -> Mapping[int, Outcome]:
         match event.WhichOneof("event"):
             case "first_token":
-                first = event.first_token
-                if completed := await self._take(self._start, [first.token_id], self._prefill):
-                    return completed
-                reason = self._finish_reason(first.finish_reason, self._prefill)
-                return Completed(reason) if reason else None
+                sample = event.first_token.sample
+                if sample >= len(self._intakes):
+                    raise AttemptEndedError(f"a first token of sample {sample}, which does not exist", self._prefill)
+                if sample in self._live:
+                    completed = await self._intakes[sample].first_token(event.first_token, self._prefill)
+                    return self._end(sample, completed) if completed else {}
             case "handed_off":
-                self._decoding = True
-        return None
+                self._note_hand_off()
+        return {}
 
-    async def _take(self, index: int, token_ids: Sequence[int], source: Worker) -> Completed | None:
-        """Delivers what is new of tokens from output index `index` on."""
-        emitted = self._entry.emitted
-        known = len(emitted) - index
-        if known < 0:
-            raise AttemptFailedError(f"tokens {len(emitted)} to {index - 1} are missing", source)
-        if list(token_ids[:known]) != emitted[index : index + len(token_ids)]:
-            raise AttemptFailedError(f"token {index} and following came twice, and differ", source)
-        new = token_ids[known:]
-        if len(emitted) + len(new) > self._entry.max_tokens:
-            raise AttemptFailedError(f"more tokens than max_tokens, {self._entry.max_tokens}", source)
-        stopped = await self._deliver(new) if new else False
-        return Completed(FinishReason.STOP) if stopped else None
+    async def _on_decode(self, sample: int, event: decode_pb2.AttachResponse) -> Mapping[int, Outcome]:
+        kind = event.WhichOneof("event")
+        if kind == "tokens":
+            self._note_hand_off()
+        if sample not in self._live:  # it was complete with its first token, or a stop string
+            return {}
+        completed = None
+        match kind:
+            case "tokens":
+                completed = await self._intakes[sample].tokens(event.tokens, self._decode)
+            case "finished":
+                completed = self._intakes[sample].finished(event.finished, self._decode)
+            case "preempted":
+                raise AttemptEndedError("preempted", cause=Cause.PREEMPTED)
+        return self._end(sample, completed) if completed else {}
 
-    def _finish_reason(self, value: Any, source: Worker) -> FinishReason | None:
-        try:
-            return convert.finish_reason_from_proto(value)
-        except InvalidRequestError as error:
-            raise AttemptFailedError(str(error), source) from error
+    def _on_end(self, key: int, end: Ended) -> None:
+        """Raises AttemptEndedError, or InvalidRequestError, when somebody still needs that call."""
+        if key == PREFILL:
+            if self._handed_off:
+                return
+            if end.failure and end.failure.code is grpc.StatusCode.ABORTED:
+                self._verdict = _ended_error(end, self._prefill, self._decode)
+                return
+        elif key not in self._live:
+            return
+        raise _ended_error(end, self._prefill, self._decode)
 
-    def _fail(self, end: _Ended) -> NoReturn:
-        failure = end.failure
-        if failure is None:
-            raise AttemptFailedError(f"{end.leg.role}: the stream ended early", end.leg)
-        reason = f"{end.leg.role}: {failure}"
-        match failure.code:
-            case grpc.StatusCode.INVALID_ARGUMENT:
-                raise InvalidRequestError(failure.details)
-            case grpc.StatusCode.RESOURCE_EXHAUSTED:
-                raise AttemptFailedError(reason, busy=True)
-            case grpc.StatusCode.FAILED_PRECONDITION:
-                raise AttemptFailedError(reason, misfit=True)
-            case grpc.StatusCode.ABORTED:  # the lease was ended, by a hand-off that failed or to make room
-                raise AttemptFailedError(reason)
-            case grpc.StatusCode.UNAVAILABLE if end.leg is self._prefill:  # it, or the decode worker as it sees it
-                raise AttemptFailedError(reason, self._prefill, self._decode)
-            case _:
-                raise AttemptFailedError(reason, end.leg)
+    def _note_hand_off(self) -> None:
+        """The decode worker has everything: the prefill worker does not matter any more, nor do the others' leases."""
+        if not self._handed_off:
+            self._handed_off, self._verdict = True, None
+            for sample in tuple(self._held.keys() - self._live.keys()):
+                self._give_back(sample)
+
+    def _end(self, sample: int, outcome: Outcome) -> dict[int, Outcome]:
+        """The sample wants nothing more. Its lease is kept until the hand-off is over: the others' may depend on it."""
+        if self._live.pop(sample, None) is None:
+            return {}
+        if isinstance(outcome, Completed):
+            self._held[sample] = f"the request is complete: {outcome.reason}"
+            if outcome.lease_done:
+                del self._held[sample]
+                self._leases.note_room()
+        else:
+            self._held[sample] = str(outcome)
+        if self._handed_off and sample in self._held:
+            self._give_back(sample)
+        return {sample: outcome}
+
+    def _end_all(self, outcome: Outcome) -> dict[int, Outcome]:
+        return {sample: outcome for sample in tuple(self._live) if self._end(sample, outcome)}
+
+    def _give_back(self, sample: int) -> None:
+        self._legs.cancel(sample)
+        self._leases.end(self._placement, sample, self._held.pop(sample))
+
+    def _patience_s(self) -> float:
+        """Seconds until the sample that has been silent longest counts as stalled."""
+        if self._verdict is not None:
+            return _VERDICT_S
+        silent_s = self._legs.waited_s - min(intake.heard for intake in self._live.values())
+        return max(0.0, self._stall_timeout_s - silent_s)
+
+    def _stalled(self) -> Mapping[int, Outcome]:
+        now, timeout_s = self._legs.waited_s, self._stall_timeout_s
+        reason = f"no token for {timeout_s:g} s"
+        if self._handed_off:
+            error = AttemptEndedError(reason, self._decode)
+            late = [sample for sample, intake in self._live.items() if now - intake.heard >= timeout_s]
+            return {sample: error for sample in late if self._end(sample, error)}
+        # Waiting for one's turn at a busy prefill worker is no stall: that one gets on with others' prompts.
+        if not any(intake.started for intake in self._intakes) and self._prefill.progressed_within(timeout_s):
+            for intake in self._intakes:
+                intake.heard = now
+            return {}
+        return self._end_all(AttemptEndedError(reason, self._prefill, self._decode))
+
+
+def _ended_error(end: Ended, prefill: Worker, decode: Worker) -> AttemptEndedError:
+    """What the early end of a call means. Raises InvalidRequestError when the worker refuses the request for good."""
+    failure = end.failure
+    if failure is None:
+        return AttemptEndedError(f"{end.worker.role}: the stream ended early", end.worker)
+    reason = f"{end.worker.role}: {failure}"
+    match failure.code:
+        case grpc.StatusCode.INVALID_ARGUMENT:
+            raise InvalidRequestError(failure.details)
+        case grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return AttemptEndedError(reason, cause=Cause.BUSY)
+        case grpc.StatusCode.FAILED_PRECONDITION:
+            return AttemptEndedError(reason, cause=Cause.MISFIT)
+        case grpc.StatusCode.ABORTED:  # the lease was ended, by a hand-off that failed or to make room
+            return AttemptEndedError(reason)
+        case grpc.StatusCode.UNAVAILABLE if end.worker is prefill:  # it, or the decode worker as it sees it
+            return AttemptEndedError(reason, prefill, decode)
+        case _:
+            return AttemptEndedError(reason, end.worker)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,20 +11,27 @@ from branchline.core import FinishReason, Request, SamplingParams, SpeculationSt
 
 @dataclass(slots=True)
 class AttemptRecord:
-    """One start of a request on a pair of workers. `failure` says why it ended early, None while it runs or is done."""
+    """One start of a sample on a pair of workers. `failure` says why it ended early, None while it runs or is done."""
 
     prefill: str
     decode: str
     failure: str | None = None
+    #: The decode worker took its blocks back for another request: no failure of anybody's.
+    preempted: bool = False
     #: Of the decode worker's lease, as far as its tokens have come.
     speculation: SpeculationStats = field(default_factory=SpeculationStats)
+
+    @property
+    def failed(self) -> bool:
+        return self.failure is not None and not self.preempted
 
 
 @dataclass(slots=True)
 class JournalEntry:
-    """One request with all defaults resolved, and how far it has come.
+    """One sample of a request with all defaults resolved, and how far it has come.
 
-    `sampling.seed` is fixed here, once: every attempt draws the same noise.
+    `sampling.seed` is fixed here, once: every attempt draws the same noise. The samples of one request differ in
+    `request_id` and `sampling.sample_index` only.
     """
 
     request_id: str
@@ -32,6 +40,12 @@ class JournalEntry:
     sampling: SamplingParams
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
+    min_tokens: int = 0
+    logprobs: int | None = None
+    draft_nodes: int | None = None
+    priority: int = 0
+    #: When the client asked, on the monotonic clock; what it waits counts from then, over all attempts.
+    arrived: float = field(default_factory=time.monotonic)
     emitted: list[int] = field(default_factory=list)
     attempts: list[AttemptRecord] = field(default_factory=list)
 
@@ -47,6 +61,9 @@ class JournalEntry:
             sampling=self.sampling,
             emitted=tuple(self.emitted),
             stop_token_ids=self.stop_token_ids,
+            min_tokens=self.min_tokens,
+            logprobs=self.logprobs,
+            draft_nodes=self.draft_nodes,
         )
 
     def record(self, token_ids: Sequence[int]) -> None:
@@ -66,11 +83,20 @@ class JournalEntry:
         return sum((attempt.speculation for attempt in self.attempts), SpeculationStats())
 
     @property
+    def failed_attempts(self) -> int:
+        return sum(attempt.failed for attempt in self.attempts)
+
+    @property
     def failovers(self) -> int:
-        return max(0, len(self.attempts) - 1)
+        """Failed attempts that another one followed."""
+        return sum(attempt.failed for attempt in self.attempts[:-1])
+
+    @property
+    def preemptions(self) -> int:
+        return sum(attempt.preempted for attempt in self.attempts)
 
     @property
     def failures(self) -> str:
-        """Why each attempt ended, in one line."""
+        """Why each attempt ended early, in one line."""
         failed = [(number, a) for number, a in enumerate(self.attempts, 1) if a.failure is not None]
         return "; ".join(f"attempt {number} ({a.prefill} -> {a.decode}): {a.failure}" for number, a in failed)

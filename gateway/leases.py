@@ -6,10 +6,13 @@ import asyncio
 import logging
 from dataclasses import dataclass
 
+import grpc
+
 from branchline.v1 import decode_pb2
 from branchline.wire.status import RpcFailure
 from gateway.background import Background
 from gateway.pool import Pair, WorkerPool
+from gateway.worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -19,10 +22,13 @@ ABORT_TIMEOUT_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A pair with a lease on the decode worker. Whoever holds it ends the lease: by finishing, or with `Leases.end`."""
+    """A pair with leases on the decode worker, one for each sample; the first takes the hand-off for all.
+
+    Whoever holds it ends each lease: by finishing, or with `Leases.end`.
+    """
 
     pair: Pair
-    lease_id: str
+    lease_ids: tuple[str, ...]
     accepts_draft: bool
 
 
@@ -38,7 +44,7 @@ class Leases:
         return len(self._background)
 
     async def reserve(self, pair: Pair, request: decode_pb2.ReserveRequest) -> Placement:
-        """Raises RpcFailure. When the caller is cancelled meanwhile, the lease that may come is given back."""
+        """Raises RpcFailure. When the caller is cancelled meanwhile, the leases that may come are given back."""
         reservation = asyncio.create_task(self._reserve(pair, request))
         try:
             return await asyncio.shield(reservation)
@@ -46,9 +52,14 @@ class Leases:
             self._background.spawn(self._give_back(reservation), f"give back {request.request_id}")
             raise
 
-    def end(self, placement: Placement, reason: str) -> None:
+    def end(self, placement: Placement, sample: int, reason: str) -> None:
         """Tells the decode worker, without waiting: it would notice by itself, from the closed stream."""
-        self._background.spawn(self._abort(placement, reason), f"abort {placement.lease_id}")
+        lease_id = placement.lease_ids[sample]
+        self._background.spawn(self._abort(placement.pair.decode, lease_id, reason), f"abort {lease_id}")
+
+    def note_room(self) -> None:
+        """A lease has ended by itself: requests that wait for room may try again."""
+        self._pool.note_room()
 
     async def close(self) -> None:
         """Waits for what is under way, not for long."""
@@ -56,19 +67,28 @@ class Leases:
         await self._background.close()
 
     async def _reserve(self, pair: Pair, request: decode_pb2.ReserveRequest) -> Placement:
-        lease = await pair.decode.call("Reserve", request, RESERVE_TIMEOUT_S)
-        return Placement(pair, lease.lease_id, lease.accepts_draft)
+        lease = await pair.decode.call("Reserve", request, RESERVE_TIMEOUT_S + request.wait_ms / 1000)
+        placement = Placement(pair, (lease.lease_id, *lease.sibling_lease_ids), lease.accepts_draft)
+        if len(placement.lease_ids) != max(1, request.samples):
+            await self._abort_all(placement, "not one lease for each sample")
+            raise RpcFailure(
+                grpc.StatusCode.INTERNAL, f"{len(placement.lease_ids)} leases came for {request.samples} samples"
+            )
+        return placement
 
     async def _give_back(self, reservation: asyncio.Task[Placement]) -> None:
         try:
             placement = await reservation
         except RpcFailure:
             return  # there is no lease
-        await self._abort(placement, "the request was cancelled")
+        await self._abort_all(placement, "the request was cancelled")
 
-    async def _abort(self, placement: Placement, reason: str) -> None:
+    async def _abort_all(self, placement: Placement, reason: str) -> None:
         decode = placement.pair.decode
-        request = decode_pb2.AbortRequest(lease_id=placement.lease_id, reason=reason)
+        await asyncio.gather(*(self._abort(decode, lease_id, reason) for lease_id in placement.lease_ids))
+
+    async def _abort(self, decode: Worker, lease_id: str, reason: str) -> None:
+        request = decode_pb2.AbortRequest(lease_id=lease_id, reason=reason)
         try:
             await decode.call("Abort", request, ABORT_TIMEOUT_S)
         except RpcFailure as error:

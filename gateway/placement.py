@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import random
 import time
@@ -11,32 +10,57 @@ from dataclasses import dataclass, field
 
 import grpc
 
-from branchline.core import InvalidRequestError, Request
+from branchline.core import PRIORITY_S, InvalidRequestError, Request
 from branchline.v1 import decode_pb2
 from branchline.wire import convert
 from branchline.wire.status import RpcFailure
 from gateway.leases import Leases, Placement
 from gateway.pool import Pair, WorkerPool
+from gateway.turns import Turns
 from gateway.worker import Worker
 
 logger = logging.getLogger(__name__)
 
+#: What fits the messages: seven weeks.
+_LONGEST_MS = 2**32 - 1
 _FIRST_BACKOFF_S = 0.02
 _LONGEST_BACKOFF_S = 0.5
+#: Seconds that the first in the queue lets the least loaded decode worker wait for room in one call; with others beside
+#: it, only so long, since room may come there.
+_WAIT_S = 2.0
+_WAIT_BESIDE_OTHERS_S = 0.25
+
+
+class NoRoomTogetherError(Exception):
+    """No decode worker has, or could ever have, room for all samples at once; one by one they may find some."""
 
 
 @dataclass(slots=True)
 class Search:
-    """What one request has learned about the workers, over all of its attempts."""
+    """What is to be placed, and what was learned about the workers.
 
+    `request` stands for its samples: their prompts and limits are the same. `until`: the deadline, on the monotonic
+    clock.
+    """
+
+    request_id: str
     request: Request
-    attempt: int
+    arrived: float
+    until: float
+    priority: int = 0
+    samples: int = 1
+    attempt: int = 0
     #: Pairs that refused each other, by identity, with the differing field.
     misfits: dict[tuple[str, ...], str] = field(default_factory=dict)
 
+    @property
+    def rank(self) -> float:
+        """The smaller, the sooner: as if it had come that much earlier, or later. Decode workers rank alike."""
+        return self.arrived - self.priority * PRIORITY_S
+
 
 class Placer:
-    """Places requests, first come, first served: when the workers are full, only the head of the queue asks again.
+    """Places requests by priority and age: when the workers are full, only the first in the queue asks again.
 
     A request waits for room as long as its caller lets it (the request's deadline), and `patience_s` at most for
     a worker to come back when there is none.
@@ -46,48 +70,76 @@ class Placer:
         self._pool = pool
         self._leases = leases
         self._patience_s = patience_s
-        self._queue = asyncio.Lock()  # fair: it wakes its waiters in order
+        self._turns = Turns()
 
     async def place(self, search: Search) -> Placement:
-        """Raises RpcFailure UNAVAILABLE when no pair can serve, InvalidRequestError when a worker refuses for good."""
-        if not self._queue.locked() and (placement := await self._try_all(search)):
+        """Raises RpcFailure UNAVAILABLE when no pair can serve, InvalidRequestError when a worker refuses for good,
+        NoRoomTogetherError when it was the turn of several samples and no worker could take them together.
+        """
+        if self._turns.first(search.rank) and (placement := await self._ask_all(search)):
             return placement
-        async with self._queue:
-            for pause_s in backoff():
-                if placement := await self._try_all(search):
+        with self._turns.join(search.rank) as turn:
+            pauses = backoff()
+            while True:
+                await turn.mine()
+                if placement := await self._ask_all(search):
                     return placement
-                await self._pool.wait_for_change(pause_s)
-        raise AssertionError("the pauses never end")
+                began = time.monotonic()
+                if placement := await self._queue_up(search):
+                    return placement
+                if search.samples > 1 and self._pool.lacking_since is None:
+                    raise NoRoomTogetherError
+                if time.monotonic() - began > _LONGEST_BACKOFF_S:  # the worker has let us wait: no need to hold back
+                    pauses = backoff()
+                await self._pool.wait_for_change(next(pauses))
 
-    async def _try_all(self, search: Search) -> Placement | None:
+    async def _ask_all(self, search: Search) -> Placement | None:
         """Asks every decode worker once, the least loaded first; None when all are busy or gone for the moment."""
-        pairs = self._pool.pairs()
-        fitting = [pair for pair in pairs.fitting if pair.identity not in search.misfits]
-        if not fitting:
-            self._explain(next(iter(search.misfits.values()), pairs.misfit))
+        fitting = self._fitting(search)
         asked: set[Worker] = set()
         for pair in fitting:
             if pair.decode in asked:
                 continue
-            with self._pool.using(pair):
-                placement = await self._reserve(pair, search)
-            if placement:
+            if placement := await self._reserve(pair, search, wait_s=0.0):
                 return placement
             if pair.identity not in search.misfits:  # busy or gone: no prefill worker changes that
                 asked.add(pair.decode)
         return None
 
-    async def _reserve(self, pair: Pair, search: Search) -> Placement | None:
+    async def _queue_up(self, search: Search) -> Placement | None:
+        """Waits at the least loaded decode worker, where the requests of other gateways wait by the same ranks."""
+        fitting = self._fitting(search)
+        if not fitting:
+            return None
+        alone = all(pair.decode is fitting[0].decode for pair in fitting)
+        wait_s = min(_WAIT_S if alone else _WAIT_BESIDE_OTHERS_S, search.until - time.monotonic())
+        return await self._reserve(fitting[0], search, wait_s=max(0.0, wait_s))
+
+    def _fitting(self, search: Search) -> list[Pair]:
+        """The pairs to ask, best first; none when waiting may help. Raises RpcFailure when it will not."""
+        pairs = self._pool.pairs()
+        fitting = [pair for pair in pairs.fitting if pair.identity not in search.misfits]
+        if not fitting:
+            self._explain(next(iter(search.misfits.values()), pairs.misfit))
+        return fitting
+
+    async def _reserve(self, pair: Pair, search: Search, *, wait_s: float) -> Placement | None:
         assert pair.prefill.status
+        queued_s = time.monotonic() - search.arrived
         request = decode_pb2.ReserveRequest(
-            request_id=search.request.request_id,
+            request_id=search.request_id,
             context_length=len(search.request.context),
             max_length=search.request.max_length,
             fingerprint=convert.fingerprint_to_proto(pair.prefill.status.fingerprint),
             attempt=search.attempt,
+            samples=search.samples,
+            priority=search.priority,
+            queued_ms=min(int(queued_s * 1000), _LONGEST_MS),
+            wait_ms=int(wait_s * 1000),
         )
         try:
-            return await self._leases.reserve(pair, request)
+            with self._pool.using(pair, search.samples):
+                return await self._leases.reserve(pair, request)
         except RpcFailure as error:
             self._note_refusal(pair, search, error)
             return None
@@ -96,6 +148,8 @@ class Placer:
         match error.code:
             case grpc.StatusCode.RESOURCE_EXHAUSTED:
                 return
+            case grpc.StatusCode.INVALID_ARGUMENT if search.samples > 1:
+                raise NoRoomTogetherError from error
             case grpc.StatusCode.INVALID_ARGUMENT:
                 raise InvalidRequestError(error.details) from error
             case grpc.StatusCode.FAILED_PRECONDITION:

@@ -111,6 +111,12 @@ class WorkerPool:
         lengths = [worker.status.max_model_len for worker in self.workers if worker.status]
         return min(lengths, default=None)
 
+    @property
+    def max_batch(self) -> int:
+        """Requests that every known decode worker can run together; 1 before any has answered."""
+        sizes = [worker.status.max_batch for worker in self.workers if worker.role is Role.DECODE and worker.status]
+        return max(1, min(sizes, default=1))
+
     def pairs(self) -> Pairs:
         """All pairs of healthy workers with equal fingerprints, the least loaded first."""
         fitting, misfit = [], ""
@@ -136,16 +142,15 @@ class WorkerPool:
         self._note_health()
 
     @contextlib.contextmanager
-    def using(self, pair: Pair) -> Iterator[None]:
-        """Counts a request on both workers."""
-        both = (pair.prefill, pair.decode)
-        for worker in both:
-            worker.in_flight += 1
+    def using(self, pair: Pair, samples: int = 1) -> Iterator[None]:
+        """Counts a request on both workers: one prompt here, a lease for each sample there."""
+        pair.prefill.in_flight += 1
+        pair.decode.in_flight += samples
         try:
             yield
         finally:
-            for worker in both:
-                worker.in_flight -= 1
+            pair.prefill.in_flight -= 1
+            pair.decode.in_flight -= samples
 
     def note_room(self) -> None:
         """A lease has ended: a request that waits for room may try again."""

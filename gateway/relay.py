@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 
 import grpc
 
 from branchline.core import FinishReason
-from branchline.v1 import gateway_pb2
-from branchline.wire import convert
 from branchline.wire.status import RpcFailure
-from gateway.attempt import Attempt, AttemptFailedError, Completed
+from gateway.attempt import Attempt
 from gateway.backend import Backend
-from gateway.journal import AttemptRecord, JournalEntry
+from gateway.group import Group
+from gateway.intake import Intake
+from gateway.journal import AttemptRecord
 from gateway.leases import Placement
-from gateway.output import Output
-from gateway.placement import Search, backoff
+from gateway.outcome import AttemptEndedError, Cause, Completed
+from gateway.placement import NoRoomTogetherError, backoff
+from gateway.sample import Sample
 
 logger = logging.getLogger(__name__)
 
@@ -25,112 +28,130 @@ logger = logging.getLogger(__name__)
 #: taken for a failed one because time was up.
 LEG_MARGIN_S = 1.0
 
-Write = Callable[[gateway_pb2.GenerateResponse], Awaitable[None]]
-
 
 class Relay:
-    """Runs one request. The caller owns the deadline: it cancels `run` when the deadline has passed."""
+    """Runs one request, all of its samples. The caller owns the deadline: it cancels `run` when that has passed.
 
-    def __init__(self, backend: Backend, entry: JournalEntry, output: Output, write: Write, until: float) -> None:
+    The samples begin together, so that the prompt is computed once; one whose attempt breaks goes on alone.
+    """
+
+    def __init__(self, backend: Backend, samples: Sequence[Sample], until: float) -> None:
         """`until` is the deadline on the monotonic clock."""
         self._backend = backend
-        self._entry = entry
-        self._output = output
-        self._write = write
+        self._samples = samples
         self._until = until
-        self._search = Search(request=entry.next_request(), attempt=0)
-        self._waiting_for_room = False
+        self._tasks = asyncio.TaskGroup()
+        #: Shared by all: pairs that refused each other, by identity, with the differing field.
+        self._misfits: dict[tuple[str, ...], str] = {}
+        self._finished: set[int] = set()
+        self._waiting_for_room: set[int] = set()
 
     async def run(self) -> None:
         """Writes all responses. Raises RpcFailure or InvalidRequestError when no attempt can succeed."""
-        pauses = backoff()
-        while (reason := self._entry.ended) is None:
-            try:
-                completed = await self._attempt()
-            except AttemptFailedError as error:
-                if error.busy:
-                    self._waiting_for_room = True
-                    await self._backend.pool.wait_for_change(next(pauses))
-                else:
-                    self._check_attempts_left()
-            else:
-                reason = completed.reason
-                break
-        await self._finish(reason)
+        try:
+            async with self._tasks:
+                self._begin(self._samples, most=self._backend.pool.max_batch)
+        except ExceptionGroup as errors:  # the first sample that failed for good; the others were cancelled then
+            raise errors.exceptions[0] from None
 
     def timed_out(self) -> RpcFailure:
         """What the passing of the deadline means for this request."""
-        if self._waiting_for_room and self._backend.pool.lacking_since is None:
+        left = {sample.index for sample in self._samples} - self._finished
+        if left <= self._waiting_for_room and self._backend.pool.lacking_since is None:
             return RpcFailure(grpc.StatusCode.RESOURCE_EXHAUSTED, "all workers were busy until the deadline")
-        details = f"the deadline passed after {len(self._entry.emitted)} tokens"
-        if self._entry.failures:
-            details += f"; {self._entry.failures}"
+        details = f"the deadline passed after {sum(len(sample.entry.emitted) for sample in self._samples)} tokens"
+        for sample in self._samples:
+            if sample.entry.failures:
+                details += f"; {sample.entry.failures}"
         return RpcFailure(grpc.StatusCode.DEADLINE_EXCEEDED, details)
 
-    async def _attempt(self) -> Completed:
-        """Places the request and follows it. Raises AttemptFailedError, after having noted it everywhere."""
-        placement = await self._place()
-        pool = self._backend.pool
+    def _begin(self, samples: Sequence[Sample], *, most: int) -> None:
+        """Lets samples start, or go on, in groups of `most`."""
+        for start in range(0, len(samples), most):
+            group = Group(samples[start : start + most], self._misfits, self._until)
+            self._tasks.create_task(self._follow(group), name=f"follow {group.request_id}")
+
+    async def _follow(self, group: Group) -> None:
+        """Attempts until the group is through, or every sample of it goes on by itself."""
+        pauses = backoff()
+        while not await self._ended(group):
+            try:
+                placement = await self._place(group)
+            except NoRoomTogetherError:
+                self._begin(group.samples, most=len(group.samples) // 2)
+                return
+            cause = await self._attempt(group, placement)
+            if cause is None:
+                return
+            if cause is Cause.BUSY:
+                self._waiting_for_room |= group.indices
+                await self._backend.pool.wait_for_change(next(pauses))
+
+    async def _ended(self, group: Group) -> bool:
+        """Whether a sample that is alone had its last token when its attempt broke; then it is finished now."""
+        if len(group.samples) > 1 or (reason := group.samples[0].entry.ended) is None:
+            return False
+        await self._finish(group.samples[0], reason)
+        return True
+
+    async def _place(self, group: Group) -> Placement:
+        self._waiting_for_room |= group.indices
+        placement = await self._backend.placer.place(group.next_search())
+        self._waiting_for_room -= group.indices
+        return placement
+
+    async def _attempt(self, group: Group, placement: Placement) -> Cause | None:
+        """Follows an attempt. Returns why the whole group is to begin again, None when it has nothing left to do."""
         pair = placement.pair
-        record = AttemptRecord(pair.prefill.address, pair.decode.address)
-        self._entry.attempts.append(record)
+        intakes = [Intake(sample, AttemptRecord(pair.prefill.address, pair.decode.address)) for sample in group.samples]
+        for intake in intakes:
+            intake.sample.entry.attempts.append(intake.record)
         attempt = Attempt(
-            self._entry,
-            record,
+            intakes,
             placement,
-            self._deliver,
+            self._backend.leases,
             stall_timeout_s=self._backend.config.stall_timeout_s,
             timeout_s=self._until - time.monotonic() + LEG_MARGIN_S,
         )
-        reason, lease_done = "the request was cancelled", False
-        try:
-            with pool.using(pair):
-                completed = await attempt.run()
-            reason, lease_done = f"the request is complete: {completed.reason}", completed.lease_done
-            return completed
-        except AttemptFailedError as error:
-            reason = record.failure = str(error)
-            logger.warning("request %s: %s", self._entry.request_id, self._entry.failures)
-            if error.busy:  # nothing was wrong, so it does not count
-                self._entry.attempts.remove(record)
-            if error.misfit:
-                self._search.misfits[pair.identity] = reason
-            pool.suspect(*error.suspects)
-            raise
-        finally:
-            if lease_done:
-                pool.note_room()
-            else:
-                self._backend.leases.end(placement, reason)
+        again = None
+        with self._backend.pool.using(pair, len(intakes)):
+            async with contextlib.aclosing(attempt.outcomes()) as outcomes:
+                async for ended in outcomes:
+                    broken: dict[Sample, Cause] = {}
+                    for number, outcome in ended.items():
+                        if isinstance(outcome, Completed):
+                            await self._finish(intakes[number].sample, outcome.reason)
+                        else:
+                            self._note(intakes[number], placement, outcome)
+                            broken[intakes[number].sample] = outcome.cause
+                    if len(broken) == len(intakes) and group.can_stay_together:
+                        again = next(iter(broken.values()))  # the same for all that end in one event
+                    else:
+                        self._begin(tuple(broken), most=1)
+        return again
 
-    async def _place(self) -> Placement:
-        self._search.request = self._entry.next_request()
-        self._search.attempt += 1
-        self._waiting_for_room = True
-        placement = await self._backend.placer.place(self._search)
-        self._waiting_for_room = False
-        return placement
+    async def _finish(self, sample: Sample, reason: FinishReason) -> None:
+        self._finished.add(sample.index)
+        await sample.finish(reason)
 
-    def _check_attempts_left(self) -> None:
+    def _note(self, intake: Intake, placement: Placement, error: AttemptEndedError) -> None:
+        """Keeps what the early end of an attempt tells. Raises RpcFailure when the sample may not be tried again."""
+        entry, record, pair = intake.sample.entry, intake.record, placement.pair
+        record.failure = str(error)
+        match error.cause:
+            case Cause.BUSY:
+                entry.attempts.pop()  # it never began
+                return
+            case Cause.PREEMPTED:
+                record.preempted = True
+                logger.info("request %s: preempted after %d tokens", entry.request_id, len(entry.emitted))
+                return
+            case Cause.MISFIT:
+                self._misfits[pair.identity] = record.failure
+        logger.warning("request %s: %s", entry.request_id, entry.failures)
+        self._backend.pool.suspect(*error.suspects)
         if time.monotonic() >= self._until:
             raise self.timed_out()
-        if len(self._entry.attempts) >= self._backend.config.max_attempts:
-            raise RpcFailure(grpc.StatusCode.UNAVAILABLE, f"the request failed: {self._entry.failures}")
-
-    async def _deliver(self, token_ids: Sequence[int]) -> bool:
-        piece = self._output.push(token_ids)
-        self._entry.record(piece.token_ids)
-        await self._write(gateway_pb2.GenerateResponse(text=piece.text, token_ids=piece.token_ids))
-        return self._output.stopped
-
-    async def _finish(self, reason: FinishReason) -> None:
-        entry = self._entry
-        text, reason = self._output.finish(reason)
-        completion = gateway_pb2.Completion(
-            finish_reason=convert.finish_reason_to_proto(reason),
-            usage=gateway_pb2.Usage(prompt_tokens=len(entry.prompt), completion_tokens=len(entry.emitted)),
-            speculation=convert.speculation_to_proto(entry.speculation),
-            seed=entry.sampling.seed,
-            failovers=entry.failovers,
-        )
-        await self._write(gateway_pb2.GenerateResponse(text=text, finished=completion))
+        if entry.failed_attempts >= self._backend.config.max_attempts and entry.ended is None:
+            what = "the request" if len(self._samples) == 1 else f"sample {intake.sample.index}"
+            raise RpcFailure(grpc.StatusCode.UNAVAILABLE, f"{what} failed: {entry.failures}")

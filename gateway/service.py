@@ -7,7 +7,7 @@ import contextlib
 import importlib.metadata
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grpc
 
@@ -15,10 +15,13 @@ from branchline.core import InvalidRequestError
 from branchline.v1 import gateway_pb2, gateway_pb2_grpc
 from branchline.wire.status import RpcFailure
 from gateway.backend import Backend
+from gateway.journal import JournalEntry
+from gateway.limits import Limits
 from gateway.output import Output
 from gateway.relay import Relay
+from gateway.sample import Sample, Write
 from gateway.tokens import Tokens
-from gateway.validate import Limits, resolve
+from gateway.validate import resolve
 from gateway.worker import Role, Worker
 
 logger = logging.getLogger(__name__)
@@ -42,13 +45,12 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
         with self._admitted():
             remaining = context.time_remaining()
             timeout_s = self._config.request_timeout_s if remaining is None else remaining
-            until = time.monotonic() + timeout_s
+            arrived = time.monotonic()
             relay = None
             try:
                 async with asyncio.timeout(timeout_s):
-                    entry = await resolve(request, self._tokens, self._limits())
-                    output = Output(self._tokens.detokenizer(), entry.stop)
-                    relay = Relay(self._backend, entry, output, context.write, until)
+                    entries = await resolve(request, self._tokens, self._limits(), arrived)
+                    relay = Relay(self._backend, self._samples(entries, context.write), arrived + timeout_s)
                     await relay.run()
             except TimeoutError:
                 raise relay.timed_out() if relay else _deadline_passed() from None
@@ -69,6 +71,18 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
             workers=workers,
             active_requests=self.active_requests,
         )
+
+    def _samples(self, entries: Sequence[JournalEntry], send: Write) -> list[Sample]:
+        sending = asyncio.Lock()
+
+        async def write(response: gateway_pb2.GenerateResponse) -> None:
+            async with sending:  # gRPC takes one message at a time
+                await send(response)
+
+        return [
+            Sample(index, entry, Output(self._tokens.detokenizer(), entry.stop), write)
+            for index, entry in enumerate(entries)
+        ]
 
     @contextlib.contextmanager
     def _admitted(self) -> Iterator[None]:

@@ -75,6 +75,10 @@ class Tokens:
         size = sum(len(message.role) + len(message.content) for message in messages)
         return await self._run(_encode_chat, messages, size)
 
+    def encode_word(self, text: str) -> tuple[int, ...]:
+        """The ids of a short text as it stands, without special tokens."""
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
     def detokenizer(self) -> Detokenizer:
         return Detokenizer(self.decode, self._special_ids)
 

@@ -1,4 +1,4 @@
-"""A client's request to a journal entry: everything checked, every default resolved.
+"""A client's request to journal entries: everything checked, every default resolved.
 
 All errors are InvalidRequestError and name the field. The cheap checks come first: nothing is tokenised for a request
 that is refused anyway.
@@ -6,52 +6,62 @@ that is refused anyway.
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from branchline.core import MAX_STOP_TOKEN_IDS, InvalidRequestError, SamplingParams
+from branchline.core import MAX_LOGPROBS, MAX_PRIORITY, MAX_SAMPLES, MAX_STOP_TOKEN_IDS, InvalidRequestError
 from branchline.v1 import gateway_pb2
 from gateway.journal import JournalEntry
-from gateway.tokens import Message, Tokens
+from gateway.limits import Limits, check_ids, check_range
+from gateway.prompts import prompt_ids
+from gateway.sampling import sampling_params
+from gateway.tokens import Tokens
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_OWN_STOP_TOKEN_IDS = 4
+#: More than any tree has; so that the number fits the workers' messages.
+MAX_DRAFT_NODES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """`max_model_len`: the workers' longest sequence, prompt and output; `max_tokens`: the gateway's own limit."""
+async def resolve(
+    request: gateway_pb2.GenerateRequest, tokens: Tokens, limits: Limits, arrived: float
+) -> tuple[JournalEntry, ...]:
+    """One entry for each sample. `arrived`: when the client asked, on the monotonic clock.
 
-    max_model_len: int
-    max_tokens: int
-
-
-async def resolve(request: gateway_pb2.GenerateRequest, tokens: Tokens, limits: Limits) -> JournalEntry:
-    """Raises InvalidRequestError."""
-    sampling = _sampling(request)
+    Raises InvalidRequestError.
+    """
+    sampling = sampling_params(request, tokens)
     stop = _stop_strings(request.stop)
     stop_token_ids = _stop_token_ids(request, tokens)
+    samples = check_range("n", request.n, 1, MAX_SAMPLES) if request.HasField("n") else 1
+    logprobs = check_range("logprobs", request.logprobs, 0, MAX_LOGPROBS) if request.HasField("logprobs") else None
+    draft_nodes = (
+        check_range("draft_nodes", request.draft_nodes, 0, MAX_DRAFT_NODES) if request.HasField("draft_nodes") else None
+    )
+    priority = check_range("priority", request.priority, -MAX_PRIORITY, MAX_PRIORITY)
     if request.HasField("max_tokens"):
         _check_max_tokens(request.max_tokens, limits)
-    prompt = await _prompt(request, tokens, limits)
-    return JournalEntry(
-        request_id=secrets.token_hex(8),
-        prompt=prompt,
-        max_tokens=_max_tokens(request, len(prompt), limits),
-        sampling=sampling,
-        stop_token_ids=stop_token_ids,
-        stop=stop,
-    )
-
-
-def _sampling(request: gateway_pb2.GenerateRequest) -> SamplingParams:
-    return SamplingParams(
-        temperature=request.temperature,  # unset reads 0, which is its default
-        top_p=request.top_p if request.HasField("top_p") else 1.0,
-        top_k=request.top_k,
-        seed=request.seed if request.HasField("seed") else secrets.randbits(63),
+    _check_min_tokens(request, limits)
+    prompt = await prompt_ids(request, tokens, limits)
+    max_tokens = _max_tokens(request, len(prompt), limits)
+    request_id = secrets.token_hex(8)
+    return tuple(
+        JournalEntry(
+            request_id=request_id if samples == 1 else f"{request_id}.{index}",
+            prompt=prompt,
+            max_tokens=max_tokens,
+            sampling=dataclasses.replace(sampling, sample_index=index),
+            stop_token_ids=stop_token_ids,
+            stop=stop,
+            min_tokens=request.min_tokens,
+            logprobs=logprobs,
+            draft_nodes=draft_nodes,
+            priority=priority,
+            arrived=arrived,
+        )
+        for index in range(samples)
     )
 
 
@@ -70,7 +80,7 @@ def _stop_token_ids(request: gateway_pb2.GenerateRequest, tokens: Tokens) -> tup
     own = request.stop_token_ids
     if len(own) > MAX_OWN_STOP_TOKEN_IDS:
         raise InvalidRequestError(f"stop_token_ids: at most {MAX_OWN_STOP_TOKEN_IDS}, got {len(own)}")
-    _check_ids("stop_token_ids", own, tokens.vocab_size)
+    check_ids("stop_token_ids", own, tokens.vocab_size)
     ids = tuple(dict.fromkeys([*(() if request.ignore_eos else tokens.eos_ids), *own]))
     if len(ids) > MAX_STOP_TOKEN_IDS:
         raise InvalidRequestError(
@@ -78,6 +88,14 @@ def _stop_token_ids(request: gateway_pb2.GenerateRequest, tokens: Tokens) -> tup
             f" at most {MAX_STOP_TOKEN_IDS} can be watched"
         )
     return ids
+
+
+def _check_min_tokens(request: gateway_pb2.GenerateRequest, limits: Limits) -> None:
+    most = request.max_tokens if request.HasField("max_tokens") else limits.max_tokens
+    if not 0 <= request.min_tokens <= most:
+        raise InvalidRequestError(
+            f"min_tokens: must be between 0 and max_tokens, which is {most}, got {request.min_tokens}"
+        )
 
 
 def _check_max_tokens(max_tokens: int, limits: Limits) -> None:
@@ -97,58 +115,3 @@ def _max_tokens(request: gateway_pb2.GenerateRequest, prompt_length: int, limits
             f" {limits.max_model_len}, got {request.max_tokens}"
         )
     return request.max_tokens
-
-
-async def _prompt(request: gateway_pb2.GenerateRequest, tokens: Tokens, limits: Limits) -> tuple[int, ...]:
-    field = request.WhichOneof("input")
-    match field:
-        case "prompt":
-            _check_chars(field, len(request.prompt), tokens, limits)
-            ids = await tokens.encode(request.prompt) if request.prompt else ()
-        case "chat":
-            ids = await tokens.encode_chat(_messages(request.chat, tokens, limits))
-        case "token_ids":
-            _check_length(field, len(request.token_ids.ids), limits)
-            ids = tuple(request.token_ids.ids)
-            _check_ids(field, ids, tokens.vocab_size)
-        case _:
-            raise InvalidRequestError("input: one of prompt, chat and token_ids must be given")
-    if not ids:
-        raise InvalidRequestError(f"{field}: the prompt is empty")
-    _check_length(field, len(ids), limits)
-    return ids
-
-
-def _messages(chat: gateway_pb2.ChatMessages, tokens: Tokens, limits: Limits) -> list[Message]:
-    if not chat.messages:
-        raise InvalidRequestError("chat.messages: at least one message must be given")
-    if len(chat.messages) > limits.max_model_len:
-        raise InvalidRequestError(f"chat.messages: {len(chat.messages)} are too many for the context limit")
-    _check_chars("chat", sum(len(message.content) for message in chat.messages), tokens, limits)
-    for index, message in enumerate(chat.messages):
-        if not message.role:
-            raise InvalidRequestError(f"chat.messages[{index}].role: must not be empty")
-    return [Message(message.role, message.content) for message in chat.messages]
-
-
-def _check_chars(field: str, chars: int, tokens: Tokens, limits: Limits) -> None:
-    """Refuses what must be too long even if every token were the vocabulary's longest, before it costs anything."""
-    most = limits.max_model_len * tokens.longest_token
-    if chars > most:
-        raise InvalidRequestError(
-            f"{field}: too long: {chars} characters can't fit the context limit of {limits.max_model_len} tokens"
-        )
-
-
-def _check_length(field: str, length: int, limits: Limits) -> None:
-    if length >= limits.max_model_len:
-        raise InvalidRequestError(
-            f"{field}: the prompt has {length} tokens; the context limit of {limits.max_model_len} must leave room"
-            " for at least one more"
-        )
-
-
-def _check_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:
-    for index, token_id in enumerate(ids):
-        if token_id >= vocab_size:
-            raise InvalidRequestError(f"{field}[{index}]: {token_id} is not below the vocabulary size of {vocab_size}")

@@ -39,6 +39,8 @@ class WorkerStatus:
     tasks: int
     tree: str
     tokens: int
+    #: Requests that a decode worker runs together at most; 0 of a prefill worker.
+    max_batch: int = 0
 
 
 class Worker:
@@ -106,6 +108,7 @@ class Worker:
             tasks=answer.tasks,
             tree="" if self.role is Role.PREFILL else answer.tree,
             tokens=answer.prefilled_tokens if self.role is Role.PREFILL else answer.emitted_tokens,
+            max_batch=0 if self.role is Role.PREFILL else answer.max_batch,
         )
 
     def update(self, status: WorkerStatus) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from tiny_tokenizer import tiny_tokens
@@ -10,8 +11,9 @@ from tiny_tokenizer import tiny_tokens
 from branchline.core import FinishReason, InvalidRequestError, SamplingParams
 from branchline.v1 import gateway_pb2
 from gateway.journal import AttemptRecord, JournalEntry
+from gateway.limits import Limits
 from gateway.tokens import Tokens
-from gateway.validate import Limits, resolve
+from gateway.validate import resolve
 
 LIMITS = Limits(max_model_len=64, max_tokens=32)
 
@@ -22,6 +24,12 @@ def ids(*values: int) -> gateway_pb2.TokenIds:
 
 def chat(*messages: tuple[str, str]) -> gateway_pb2.ChatMessages:
     return gateway_pb2.ChatMessages(messages=[gateway_pb2.ChatMessage(role=r, content=c) for r, c in messages])
+
+
+async def resolved(tokens: Tokens, **fields: Any) -> JournalEntry:
+    """The entry of a request for one sample."""
+    (entry,) = await resolve(gateway_pb2.GenerateRequest(**fields), tokens, LIMITS, arrived=5.0)
+    return entry
 
 
 BAD = {
@@ -65,33 +73,34 @@ BAD = {
 @pytest.mark.parametrize(("fields", "message"), BAD.values(), ids=BAD.keys())
 async def test_bad_input_names_the_field(tokens: Tokens, fields: dict, message: str) -> None:
     with pytest.raises(InvalidRequestError, match=message):
-        await resolve(gateway_pb2.GenerateRequest(**fields), tokens, LIMITS)
+        await resolved(tokens, **fields)
 
 
 async def test_a_model_without_chat_template_says_so() -> None:
     tokens = tiny_tokens(chat_template=None)
     with pytest.raises(InvalidRequestError, match="chat template"):
-        await resolve(gateway_pb2.GenerateRequest(chat=chat(("user", "a"))), tokens, LIMITS)
+        await resolved(tokens, chat=chat(("user", "a")))
     tokens.close()
 
 
 async def test_defaults(tokens: Tokens) -> None:
-    entry = await resolve(gateway_pb2.GenerateRequest(prompt="the fox"), tokens, LIMITS)
+    entry = await resolved(tokens, prompt="the fox")
     assert tokens.decode(list(entry.prompt)) == "the fox"
     assert entry.max_tokens == 32
     assert entry.sampling == SamplingParams(seed=entry.sampling.seed)
     assert entry.stop_token_ids == tokens.eos_ids
-    other = await resolve(gateway_pb2.GenerateRequest(prompt="the fox"), tokens, LIMITS)
+    other = await resolved(tokens, prompt="the fox")
     assert (other.request_id, other.sampling.seed) != (entry.request_id, entry.sampling.seed)
 
 
 async def test_default_max_tokens_is_what_the_context_leaves(tokens: Tokens) -> None:
-    entry = await resolve(gateway_pb2.GenerateRequest(token_ids=ids(*[1] * 60)), tokens, LIMITS)
+    entry = await resolved(tokens, token_ids=ids(*[1] * 60))
     assert entry.max_tokens == 4
 
 
 async def test_everything_given(tokens: Tokens) -> None:
-    request = gateway_pb2.GenerateRequest(
+    entry = await resolved(
+        tokens,
         chat=chat(("system", "be brief"), ("user", "hello")),
         max_tokens=7,
         temperature=0.5,
@@ -102,7 +111,6 @@ async def test_everything_given(tokens: Tokens) -> None:
         ignore_eos=True,
         stop_token_ids=[5, 5, 6],
     )
-    entry = await resolve(request, tokens, LIMITS)
     assert tokens.decode(list(entry.prompt)) == "<system>be brief\n<user>hello\n<assistant>"
     assert entry.sampling == SamplingParams(temperature=0.5, top_p=0.9, top_k=40, seed=11)
     assert (entry.max_tokens, entry.stop, entry.stop_token_ids) == (7, ("a", "b"), (5, 6))
