@@ -72,6 +72,12 @@ class Lease:
         self.state = state
 
 
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    reason: str
+    preempted: bool
+
+
 @dataclass
 class LeaseTable:
     """The leases that have not ended, and why the last ones did. A lease id is `incarnation.attempt.counter`."""
@@ -79,7 +85,7 @@ class LeaseTable:
     incarnation: str
     ttl_s: float
     _live: dict[str, Lease] = field(default_factory=dict)
-    _ended: OrderedDict[str, str] = field(default_factory=OrderedDict)
+    _ended: OrderedDict[str, _Ended] = field(default_factory=OrderedDict)
     _counter: int = 0
 
     def __len__(self) -> int:
@@ -91,14 +97,16 @@ class LeaseTable:
     def count(self, state: LeaseState) -> int:
         return sum(lease.state is state for lease in self._live.values())
 
-    def create(
-        self, request_id: str, attempt: int, context_length: int, max_length: int, accepts_draft: bool, now: float
-    ) -> Lease:
-        self._counter += 1
-        lease_id = f"{self.incarnation}.{attempt}.{self._counter}"
-        lease = Lease(lease_id, request_id, attempt, context_length, max_length, accepts_draft, now + self.ttl_s)
-        self._live[lease_id] = lease
-        return lease
+    def new_ids(self, attempt: int, count: int) -> tuple[str, ...]:
+        """Ids for leases that are to be created once they have their blocks."""
+        first = self._counter + 1
+        self._counter += count
+        return tuple(f"{self.incarnation}.{attempt}.{number}" for number in range(first, first + count))
+
+    def add(self, lease: Lease) -> None:
+        """From now on it lives."""
+        assert lease.lease_id not in self._live, lease
+        self._live[lease.lease_id] = lease
 
     def get(self, lease_id: str) -> Lease:
         """The live lease. Raises LeaseEndedError or UnknownLeaseError."""
@@ -106,20 +114,25 @@ class LeaseTable:
         if lease is not None:
             return lease
         if lease_id in self._ended:
-            raise LeaseEndedError(self._ended[lease_id])
+            raise LeaseEndedError(self._ended[lease_id].reason)
         raise UnknownLeaseError(f"unknown lease {lease_id!r}")
+
+    def was_preempted(self, lease_id: str) -> bool:
+        """Whether the lease has ended because another request needed its blocks."""
+        ended = self._ended.get(lease_id)
+        return ended is not None and ended.preempted
 
     def touch(self, lease: Lease, now: float) -> None:
         """Something arrived for the lease: its time to live starts again."""
         lease.expires_at = max(lease.expires_at, now + self.ttl_s)
 
-    def end(self, lease: Lease, state: LeaseState, reason: str) -> None:
+    def end(self, lease: Lease, state: LeaseState, reason: str, *, preempted: bool = False) -> None:
         """Ends a live lease and remembers the reason."""
         assert state.ended, state
         assert lease.lease_id in self._live, lease
         lease.advance(state)
         del self._live[lease.lease_id]
-        self._ended[lease.lease_id] = reason
+        self._ended[lease.lease_id] = _Ended(reason, preempted)
         if len(self._ended) > REMEMBERED:
             self._ended.popitem(last=False)
 

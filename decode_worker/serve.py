@@ -65,4 +65,4 @@ async def _expire(sessions: Sessions) -> None:
     """Looks often enough that a lease outlives its time by a tenth at most."""
     while True:
         await asyncio.sleep(sessions.table.ttl_s / 10)
-        sessions.expire()
+        sessions.live.expire()

@@ -14,13 +14,16 @@ from branchline.wire.convert import (
     fingerprint_from_proto,
     fingerprint_to_proto,
     finish_reason_to_proto,
+    logprobs_to_proto,
     request_from_proto,
     speculation_to_proto,
 )
 from branchline.wire.status import RpcFailure
 from decode_worker.handoff import HandoffReceiver
 from decode_worker.leases import LeaseState
-from decode_worker.sessions import Aborted, Finish, Sessions, TokenBatch
+from decode_worker.reservations import Ask
+from decode_worker.session import Aborted, Finish, Preempted, TokenBatch
+from decode_worker.sessions import Sessions
 
 SERVICE = "branchline.v1.DecodeService"
 
@@ -39,38 +42,48 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             raise RpcFailure(
                 grpc.StatusCode.FAILED_PRECONDITION, f"the workers can't share KV: fingerprint {difference}"
             )
+        ask = Ask(
+            message.request_id,
+            message.attempt,
+            message.context_length,
+            message.max_length,
+            accepts_draft=_same_draft(ours, theirs),
+            samples=message.samples or 1,
+            priority=message.priority,
+            queued_s=message.queued_ms / 1000,
+        )
         with self._serving():
-            lease = await self._sessions.reserve(
-                message.request_id,
-                message.attempt,
-                message.context_length,
-                message.max_length,
-                accepts_draft=_same_draft(ours, theirs),
-            )
+            first, *siblings = await self._sessions.reserve(ask, wait_s=message.wait_ms / 1000)
         return decode_pb2.ReserveResponse(
-            lease_id=lease.lease_id,
+            lease_id=first.lease_id,
             ttl_ms=round(self._sessions.table.ttl_s * 1000),
-            accepts_draft=lease.accepts_draft,
+            accepts_draft=first.accepts_draft,
+            sibling_lease_ids=[lease.lease_id for lease in siblings],
         )
 
     async def Attach(  # noqa: N802
         self, message: decode_pb2.AttachRequest, _: grpc.aio.ServicerContext
     ) -> AsyncIterator[decode_pb2.AttachResponse]:
-        session = self._sessions.attach(message.lease_id, request_from_proto(message.request))
+        request = request_from_proto(message.request)
+        if self._sessions.table.was_preempted(message.lease_id):  # before anybody came: the same news as after
+            yield decode_pb2.AttachResponse(attached=decode_pb2.Attached())
+            yield decode_pb2.AttachResponse(preempted=decode_pb2.Preempted())
+            return
+        session = self._sessions.attach(message.lease_id, request)
         with self._serving():
             try:
                 yield decode_pb2.AttachResponse(attached=decode_pb2.Attached())
                 # No deadline of its own: the call's is the gateway's, and a peer that died is found by keepalive.
                 while True:
                     match await session.events.get():
-                        case TokenBatch(index, token_ids, speculation):
-                            tokens = decode_pb2.Tokens(
-                                index=index, token_ids=token_ids, speculation=speculation_to_proto(speculation)
-                            )
-                            yield decode_pb2.AttachResponse(tokens=tokens)
+                        case TokenBatch() as batch:
+                            yield decode_pb2.AttachResponse(tokens=_tokens(batch))
                         case Finish(reason):
                             finished = decode_pb2.Finished(reason=finish_reason_to_proto(reason))
                             yield decode_pb2.AttachResponse(finished=finished)
+                            return
+                        case Preempted():
+                            yield decode_pb2.AttachResponse(preempted=decode_pb2.Preempted())
                             return
                         case Aborted(reason):
                             raise RpcFailure(grpc.StatusCode.ABORTED, f"lease {message.lease_id} has ended: {reason}")
@@ -91,15 +104,14 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
                 raise RpcFailure(grpc.StatusCode.INVALID_ARGUMENT, "a hand-off begins with a header")
             session = self._sessions.open_handoff(first.header.lease_id)
             receiver = HandoffReceiver(self._sessions, session, requests, stall_s)
-            receiver.check_header(first.header)
-            async with contextlib.aclosing(receiver.responses()) as responses:
+            async with contextlib.aclosing(receiver.responses(first.header)) as responses:
                 async for response in responses:
                     yield response
 
     async def Abort(  # noqa: N802
         self, message: decode_pb2.AbortRequest, _: grpc.aio.ServicerContext
     ) -> decode_pb2.AbortResponse:
-        self._sessions.abort(message.lease_id, message.reason or "the gateway aborted it")
+        self._sessions.live.abort(message.lease_id, message.reason or "the gateway aborted it")
         return decode_pb2.AbortResponse()
 
     async def GetStatus(  # noqa: N802
@@ -122,6 +134,8 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             speculation=speculation_to_proto(sessions.totals.speculation),
             emitted_tokens=sessions.totals.emitted_tokens,
             cold_starts=sessions.totals.cold_starts,
+            queued=len(sessions.waiting),
+            preemptions=sessions.totals.preemptions,
         )
 
     @contextlib.contextmanager
@@ -131,6 +145,15 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             yield
         finally:
             self._tasks -= 1
+
+
+def _tokens(batch: TokenBatch) -> decode_pb2.Tokens:
+    return decode_pb2.Tokens(
+        index=batch.index,
+        token_ids=batch.token_ids,
+        speculation=speculation_to_proto(batch.speculation),
+        logprobs=map(logprobs_to_proto, batch.logprobs),
+    )
 
 
 def _same_draft(ours: Fingerprint, theirs: Fingerprint) -> bool:

@@ -1,7 +1,7 @@
-"""What the decode worker serves now: each lease with its token stream, its hand-off and its counters.
+"""What the decode worker does for a lease: reserve it, attach its stream, take its hand-off, run it, end it.
 
-Lives on the event loop; the engine is reached through commands (`engine_loop`). A session ends in one place,
-`_end`, whatever ended it: its events say so to the token stream, and its blocks go back.
+Lives on the event loop; the engine is reached through commands (`engine_loop`) and answers with events. The sessions
+themselves, and how they end, are in `live`.
 """
 
 from __future__ import annotations
@@ -10,129 +10,58 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import grpc
 
-from branchline.core import DraftTree, FinishReason, InvalidRequestError, Request, SpeculationStats
-from branchline.engine.blocks import OutOfBlocksError
-from branchline.engine.thread import EngineStoppedError, EngineThread
+from branchline.core import FinishReason, InvalidRequestError, Request, SpeculationStats, TokenLogprobs
+from branchline.engine.thread import EngineThread
 from branchline.wire.status import RpcFailure
-from decode_worker.engine_loop import DecodeLoop, Progress, StepFailure
-from decode_worker.leases import Lease, LeaseEndedError, LeaseState, LeaseTable, UnknownLeaseError
+from decode_worker.engine_loop import DecodeLoop, EngineEvent, Granted, Preemption, Progress, StepFailure, Stepped
+from decode_worker.leases import Lease, LeaseState, LeaseTable
+from decode_worker.live import LiveSessions
+from decode_worker.reservations import Ask, Reservations
+from decode_worker.session import Aborted, Finish, Preempted, SampleGroup, Session, TokenBatch, Totals
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class TokenBatch:
-    """Tokens of one step; `index` is the output index of the first, `speculation` the lease's up to here."""
-
-    index: int
-    token_ids: tuple[int, ...]
-    speculation: SpeculationStats
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    reason: FinishReason
-
-
-@dataclass(frozen=True, slots=True)
-class Aborted:
-    reason: str
-
-
-@dataclass
-class Arrived:
-    """What has come of a hand-off. It outlives a broken stream, so that the next one goes on from here."""
-
-    next_index: int = 0
-    target_bytes: int = 0
-    draft_bytes: int = 0
-    first_token: int | None = None
-    tree: DraftTree = field(default_factory=DraftTree)
-
-
-@dataclass
-class Session:
-    """A lease and everything that hangs on it."""
-
-    lease: Lease
-    #: For the token stream. Holds at most max_tokens tokens, so it needs no bound of its own.
-    events: asyncio.Queue[TokenBatch | Finish | Aborted] = field(default_factory=asyncio.Queue)
-    request: Request | None = None
-    arrived: Arrived = field(default_factory=Arrived)
-    #: The open hand-off stream ends with this failure as soon as it is set.
-    handoff_over: asyncio.Future[RpcFailure] | None = None
-    speculation: SpeculationStats = field(default_factory=SpeculationStats)
-    next_output: int = 0
-
-
-@dataclass
-class Totals:
-    """Since the start, over all requests."""
-
-    speculation: SpeculationStats = field(default_factory=SpeculationStats)
-    emitted_tokens: int = 0
-    cold_starts: int = 0
-
-
 class Sessions:
-    """All sessions of the worker."""
+    """All sessions of the worker, and those who wait for one."""
 
     def __init__(
         self, thread: EngineThread, engine: DecodeLoop, table: LeaseTable, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.table = table
         self.totals = Totals()
         self.engine = engine
         self.thread = thread
+        self.table = table
+        self.live = LiveSessions(thread, engine, table, clock)
+        self.waiting = Reservations(thread, engine, self.live.open, self.live.abort)
         self._clock = clock
-        self._sessions: dict[str, Session] = {}
         self._closed = False
-        engine.listener = lambda outcome: thread.deliver(self.on_step, outcome)
+        engine.listener = lambda event: thread.deliver(self.on_engine_event, event)
 
-    async def reserve(
-        self, request_id: str, attempt: int, context_length: int, max_length: int, accepts_draft: bool
-    ) -> Lease:
-        """A new lease with its blocks. Raises InvalidRequestError, RpcFailure when it can't be had now."""
+    async def reserve(self, ask: Ask, wait_s: float) -> list[Lease]:
+        """A new lease with its blocks for each sample, once it is their turn.
+
+        Raises InvalidRequestError, or RpcFailure when they can't be had within `wait_s`. A lease may have ended again
+        already; whoever attaches to it hears of that.
+        """
         if self._closed:
             raise RpcFailure(grpc.StatusCode.UNAVAILABLE, "the worker is stopping")
-        if not request_id or attempt < 1 or not 1 <= context_length < max_length:
-            raise InvalidRequestError(
-                "a reservation needs a request_id, an attempt from 1 and 1 <= context_length < max_length, got "
-                f"{request_id!r}, {attempt}, {context_length}, {max_length}"
-            )
-        if self.table.outdated(request_id, attempt):
+        ask.check(self.engine.runner.max_batch)
+        request_id, attempt = ask.request_id, ask.attempt
+        if self.table.outdated(request_id, attempt) or self.waiting.outdated(request_id, attempt):
             raise RpcFailure(grpc.StatusCode.ABORTED, f"a later attempt than {attempt} at {request_id} is running")
+        reason = f"attempt {attempt} has taken over"
         for lease in self.table.superseded(request_id, attempt):
-            self.abort(lease.lease_id, f"attempt {attempt} has taken over")
-        lease = self.table.create(request_id, attempt, context_length, max_length, accepts_draft, self._clock())
-        self._sessions[lease.lease_id] = session = Session(lease)
-        try:
-            await self.thread.submit(self.engine.reserve, lease.lease_id, context_length, max_length)
-        except OutOfBlocksError as error:
-            self._abort(session, str(error))
-            raise RpcFailure(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)) from None
-        except BaseException as error:
-            self._abort(session, f"the reservation failed: {type(error).__name__}")
-            raise
-        self.table.touch(lease, self._clock())
-        return self.find(lease.lease_id).lease
-
-    def find(self, lease_id: str) -> Session:
-        """Raises RpcFailure: NOT_FOUND for an unknown lease, ABORTED for one that has ended."""
-        try:
-            return self._sessions[self.table.get(lease_id).lease_id]
-        except UnknownLeaseError as error:
-            raise RpcFailure(grpc.StatusCode.NOT_FOUND, str(error)) from None
-        except LeaseEndedError as error:
-            raise RpcFailure(grpc.StatusCode.ABORTED, f"lease {lease_id} has ended: {error}") from None
+            self.live.abort(lease.lease_id, reason)
+        self.waiting.supersede(request_id, attempt, reason)
+        return await self.waiting.obtain(ask, self.table.new_ids(attempt, ask.samples), self._clock(), wait_s)
 
     def attach(self, lease_id: str, request: Request) -> Session:
         """Opens the token stream; its caller must call `detach` in the end."""
-        session = self.find(lease_id)
+        session = self.live.find(lease_id)
         lease = session.lease
         if lease.attached:
             raise RpcFailure(grpc.StatusCode.ALREADY_EXISTS, f"lease {lease_id} is attached already")
@@ -149,120 +78,108 @@ class Sessions:
 
     def detach(self, session: Session) -> None:
         """The token stream is closed; a session that has not ended is aborted by that."""
-        self._abort(session, "the token stream was closed")
+        self.live.abort(session.lease.lease_id, "the token stream was closed")
 
     def open_handoff(self, lease_id: str) -> Session:
-        """Binds a new hand-off stream to the lease, in place of an earlier one that may be half dead."""
-        session = self.find(lease_id)
-        self._end_handoff(session, "another hand-off stream has taken over")
-        session.handoff_over = asyncio.get_running_loop().create_future()
-        if session.lease.state is LeaseState.RESERVED:
-            session.lease.advance(LeaseState.RECEIVING)
-        self.touch(session)
+        """Binds a new hand-off stream to sample 0's lease, in place of an earlier one that may be half dead."""
+        session = self.live.find(lease_id)
+        if session.sample > 0:
+            raise InvalidRequestError(f"lease {lease_id} is sample {session.sample}'s: sample 0's takes the hand-off")
+        group = session.group
+        group.end_handoff("another hand-off stream has taken over")
+        group.handoff_over = asyncio.get_running_loop().create_future()
+        for member in group.live:
+            if member.lease.state is LeaseState.RESERVED:
+                member.lease.advance(LeaseState.RECEIVING)
+        self.live.touch(*group.live)
         return session
 
-    def touch(self, session: Session) -> None:
-        self.table.touch(session.lease, self._clock())
-
-    def complete(self, session: Session) -> None:
+    def complete(self, group: SampleGroup) -> None:
         """The hand-off has arrived whole and is in the cache."""
-        session.lease.advance(LeaseState.READY)
-        self.touch(session)
-        arrived = session.arrived
-        if arrived.draft_bytes == 0 and self.engine.runner.draft_kv is not None:
-            self.totals.cold_starts += 1
-        _log(session, "ready", f"kv_bytes={arrived.target_bytes + arrived.draft_bytes} tree_nodes={len(arrived.tree)}")
-        self._start_if_complete(session)
-
-    def abort(self, lease_id: str, reason: str) -> None:
-        """Ends a lease. No error when it is unknown or has ended."""
-        session = self._sessions.get(lease_id)
-        if session is not None:
-            self._abort(session, reason)
-
-    def expire(self) -> None:
-        """Aborts the leases whose time is up."""
-        for lease in self.table.expired(self._clock()):
-            self.abort(lease.lease_id, "the lease expired: nobody used it")
+        group.complete = True
+        self.live.touch(*group.live)
+        shared = self.thread.submit(self.engine.share, [member.lease.lease_id for member in group.live])
+        shared.add_done_callback(lambda future: self._check(group.live, "the hand-off could not be shared", future))
+        for member in group.live:
+            member.lease.advance(LeaseState.READY)
+            tree = group.arrived.samples[member.sample].tree
+            member.log("ready", f"kv_bytes={group.arrived.kv_bytes} tree_nodes={len(tree)}")
+        for member in group.live:
+            self._start_if_complete(member)
 
     def close(self, reason: str) -> None:
-        """Aborts every session and gives no more leases."""
+        """Aborts every session, and whoever waits for one, and gives no more leases."""
         self._closed = True
-        for session in tuple(self._sessions.values()):
-            self._abort(session, reason)
+        self.waiting.close(reason)
+        self.live.abort_all(reason)
 
-    def on_step(self, outcome: list[Progress] | StepFailure) -> None:
+    def on_engine_event(self, event: EngineEvent) -> None:
         """The engine's listener, on the event loop."""
-        if isinstance(outcome, StepFailure):
-            for lease_id in outcome.lease_ids:
-                self.abort(lease_id, outcome.reason)
-            return
-        for progress in outcome:
-            self._on_progress(progress)
+        match event:
+            case Granted(reservation):
+                self.waiting.granted(reservation)
+            case Stepped(progress):
+                for one in progress:
+                    self._on_progress(one)
+            case Preemption(lease_ids):
+                self.totals.preemptions += len(lease_ids)
+                for lease_id in lease_ids:
+                    if (session := self.live.get(lease_id)) is not None:
+                        self.live.end(session, Preempted("its blocks went to a request that comes first"))
+            case StepFailure(lease_ids, reason):
+                for lease_id in lease_ids:
+                    self.live.abort(lease_id, reason)
 
     def _on_progress(self, progress: Progress) -> None:
         emitted = len(progress.token_ids)
         step = SpeculationStats(1, progress.drafted, emitted - 1)
         self.totals.speculation += step
         self.totals.emitted_tokens += emitted
-        session = self._sessions.get(progress.lease_id)
+        session = self.live.get(progress.lease_id)
         if session is None:  # aborted while the step ran
             return
         session.speculation += step
-        self._emit(session, progress.token_ids)
+        _emit(session, progress.token_ids, progress.logprobs)
         if progress.finish is not None:
-            session.events.put_nowait(Finish(progress.finish))
-            self._end(session, LeaseState.DONE, "it is finished")
-
-    def _emit(self, session: Session, token_ids: tuple[int, ...]) -> None:
-        session.events.put_nowait(TokenBatch(session.next_output, token_ids, session.speculation))
-        session.next_output += len(token_ids)
+            self.live.end(session, Finish(progress.finish))
 
     def _start_if_complete(self, session: Session) -> None:
-        request, arrived = session.request, session.arrived
+        request, arrived = session.request, session.group.arrived.samples[session.sample]
         if session.lease.state is not LeaseState.READY or request is None:
             return
-        assert arrived.first_token is not None
+        token_id, logprobs = arrived.first_token, arrived.logprobs
+        assert token_id is not None
+        if request.logprobs is not None and logprobs is None:
+            self.live.end(session, Aborted("the hand-off brought no log-probabilities of the first token"))
+            return
         session.lease.advance(LeaseState.RUNNING)
         self.totals.emitted_tokens += 1
-        self._emit(session, (arrived.first_token,))
-        lease_id, has_draft_kv = session.lease.lease_id, arrived.draft_bytes > 0
-        started = self.thread.submit(
-            self.engine.start, lease_id, request, arrived.first_token, arrived.tree, has_draft_kv
-        )
-        started.add_done_callback(lambda future: self._on_started(session, future))
-
-    def _on_started(self, session: Session, started: asyncio.Future[None]) -> None:
-        error = None if started.cancelled() else started.exception()
-        if error is not None and not session.lease.state.ended:
-            logger.error("start failed request=%s", session.lease.request_id, exc_info=error)
-            self._abort(session, f"the request could not be started: {error}")
-
-    def _abort(self, session: Session, reason: str) -> None:
-        if session.lease.state.ended:
+        _emit(session, (token_id,), () if request.logprobs is None or logprobs is None else (logprobs,))
+        if (finish := self._finish_after(request, token_id)) is not None:
+            self.live.end(session, Finish(finish))
             return
-        session.events.put_nowait(Aborted(reason))
-        self._end(session, LeaseState.ABORTED, reason)
+        has_draft_kv = arrived.row_bytes > 0
+        if not has_draft_kv and session.sample == 0 and self.engine.runner.draft_kv and request.draft_nodes != 0:
+            self.totals.cold_starts += 1
+        lease_id = session.lease.lease_id
+        started = self.thread.submit(self.engine.start, lease_id, request, token_id, arrived.tree, has_draft_kv)
+        started.add_done_callback(lambda future: self._check([session], "the request could not be started", future))
 
-    def _end(self, session: Session, state: LeaseState, reason: str) -> None:
-        lease = session.lease
-        self.table.end(lease, state, reason)
-        del self._sessions[lease.lease_id]
-        self._end_handoff(session, f"lease {lease.lease_id} has ended: {reason}")
-        self.thread.submit(self.engine.release, lease.lease_id).add_done_callback(_on_released)
-        _log(session, state.value, f"tokens={session.next_output} reason={reason!r}")
+    def _finish_after(self, request: Request, first_token: int) -> FinishReason | None:
+        """Whether the first token ends the request, which then needs no place in the batch."""
+        if (finish := request.finish_after(first_token)) is not None:
+            return finish
+        return FinishReason.LENGTH if len(request.context) + 1 >= self.engine.runner.max_model_len else None
 
-    def _end_handoff(self, session: Session, reason: str) -> None:
-        if session.handoff_over is not None and not session.handoff_over.done():
-            session.handoff_over.set_result(RpcFailure(grpc.StatusCode.ABORTED, reason))
-
-
-def _on_released(released: asyncio.Future[None]) -> None:
-    error = None if released.cancelled() else released.exception()
-    if error is not None and not isinstance(error, EngineStoppedError):
-        logger.error("release failed", exc_info=error)
+    def _check(self, sessions: list[Session], what: str, done: asyncio.Future[None]) -> None:
+        """Aborts sessions when a command for them has failed; those that have ended meanwhile don't mind."""
+        error = None if done.cancelled() else done.exception()
+        for session in sessions if error is not None else ():
+            if not session.lease.state.ended:
+                logger.error("%s request=%s", what, session.lease.request_id, exc_info=error)
+                self.live.end(session, Aborted(f"{what}: {error}"))
 
 
-def _log(session: Session, event: str, facts: str) -> None:
-    lease = session.lease
-    logger.info("lease=%s request=%s event=%s %s", lease.lease_id, lease.request_id, event, facts)
+def _emit(session: Session, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]) -> None:
+    session.events.put_nowait(TokenBatch(session.next_output, token_ids, session.speculation, logprobs))
+    session.next_output += len(token_ids)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from branchline.core import DraftTree, FinishReason, KvSpan, Request
-from branchline.engine.models.protocol import Models
-from branchline.engine.prefill import PrefillRunner, PrefillTask
+from branchline.core import DraftTree, FinishReason, KvPart, KvSpan, Request
+from branchline.engine.models.protocol import KvGeometry, Models
+from branchline.engine.prefill import FirstChoice, PrefillRunner, PrefillTask
 
 #: Failed steps in a row after which the engine is given up.
 MAX_FAILURES = 3
@@ -35,17 +35,22 @@ class Computed:
 
 @dataclass(frozen=True, slots=True)
 class FirstToken:
-    """`finish` is set when the token ends the request; nothing comes after it then."""
+    """A sample's. When it ends the request of every sample, nothing comes after the last of them."""
 
-    token_id: int
-    finish: FinishReason | None
+    sample: int
+    choice: FirstChoice
 
 
 @dataclass(frozen=True, slots=True)
 class Drafted:
-    """The last event: the first tree, and with it all draft rows, or an empty one."""
+    """A sample's first tree with the draft row that belongs to its first token, or an empty one and no row.
 
+    Once for each sample, in order. The draft rows in front are complete with the chunks.
+    """
+
+    sample: int
     tree: DraftTree
+    row: tuple[KvSpan, bytes] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +63,16 @@ class Failed:
 Event = Computed | FirstToken | Drafted | Failed
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Job:
     task: PrefillTask
-    drafts: bool
+    #: The draft head's geometry, where draft KV and trees are wanted.
+    draft_kv: KvGeometry | None
     #: Called on the engine's thread.
     listener: Callable[[Event], None]
+    finishes: list[FinishReason | None] = field(default_factory=list)
+    #: The next sample to draft for.
+    sample: int = 0
 
 
 class PrefillLoop:
@@ -78,10 +87,13 @@ class PrefillLoop:
         self._waiting: deque[int] = deque()
         self._failures = 0
 
-    def begin(self, job_id: int, request: Request, drafts: bool, listener: Callable[[Event], None]) -> None:
+    def begin(
+        self, job_id: int, request: Request, samples: int, drafts: bool, listener: Callable[[Event], None]
+    ) -> None:
         """Takes blocks and queues the job. Raises InvalidRequestError, OutOfBlocksError."""
         assert job_id not in self._jobs, job_id
-        self._jobs[job_id] = _Job(self.runner.begin(request), drafts, listener)
+        draft_kv = self.runner.draft_kv if drafts else None
+        self._jobs[job_id] = _Job(self.runner.begin(request, samples), draft_kv, listener)
         self._waiting.append(job_id)
 
     def export(self, job_id: int, spans: Sequence[KvSpan]) -> list[bytes]:
@@ -107,7 +119,7 @@ class PrefillLoop:
         assert self.runner.pool.used == 0, f"{self.runner.pool.used} KV blocks are left over"
 
     def step(self) -> bool:
-        """One chunk, or the first tree, of the oldest job; False when none waits.
+        """One chunk, or one sample's first tree, of the oldest job; False when none waits.
 
         A step that raises costs its job; after `MAX_FAILURES` in a row the error is passed on.
         """
@@ -134,15 +146,26 @@ class PrefillLoop:
         """One unit of work; True when the job needs no more."""
         task = job.task
         if task.done:
-            job.listener(Drafted(self.runner.draft(task)))
-            return True
+            self._draft(job)
+            return job.sample == task.samples
         start, end = self.runner.advance(task)
         self.prefilled_tokens += end - start
         job.listener(Computed(start, end))
         if not task.done:
             return False
-        token_id, finish = self.runner.first_token(task)
-        job.listener(FirstToken(token_id, finish))
-        if finish is None and not job.drafts:
-            job.listener(Drafted(DraftTree()))
-        return finish is not None or not job.drafts
+        for sample in range(task.samples):
+            choice = self.runner.first_token(task, sample)
+            job.finishes.append(choice.finish)
+            job.listener(FirstToken(sample, choice))
+        return all(finish is not None for finish in job.finishes)
+
+    def _draft(self, job: _Job) -> None:
+        """The next sample's tree. Its row is read at once: the next one's goes to the same place."""
+        sample, geometry, length = job.sample, job.draft_kv, job.task.length
+        job.sample += 1
+        if geometry is None or job.finishes[sample] is not None:
+            job.listener(Drafted(sample, DraftTree()))
+            return
+        tree = self.runner.draft(job.task, sample)
+        span = KvSpan(KvPart.DRAFT, (0, geometry.num_layers), (0, geometry.num_kv_heads), (length, length + 1))
+        job.listener(Drafted(sample, tree, (span, self.runner.export(job.task, span))))

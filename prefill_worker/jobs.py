@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncGenerator
 
 import grpc
@@ -10,6 +11,7 @@ import grpc
 from branchline.core import DraftTree, KvPart, KvSpan, Request
 from branchline.engine.blocks import OutOfBlocksError
 from branchline.engine.models.protocol import KvGeometry
+from branchline.engine.prefill import FirstChoice
 from branchline.engine.thread import EngineThread
 from branchline.v1 import decode_pb2
 from branchline.wire.convert import tree_to_proto
@@ -24,21 +26,28 @@ EXPORT_BYTES = 16 << 20
 class PrefillJob:
     """Created for one request; `release` must be called in the end, whatever happened, also to `begin`."""
 
-    def __init__(self, job_id: int, request: Request, ship_draft: bool, thread: EngineThread, engine: PrefillLoop):
+    def __init__(
+        self, job_id: int, request: Request, samples: int, ship_draft: bool, thread: EngineThread, engine: PrefillLoop
+    ) -> None:
         self._id = job_id
         self._request = request
-        self._draft_kv = engine.runner.draft_kv if ship_draft else None
+        self._samples = samples
+        self._draft_kv = engine.runner.draft_kv if ship_draft and request.draft_nodes != 0 else None
         self._thread = thread
         self._engine = engine
         self._events: asyncio.Queue[Computed | Drafted | Failed] = asyncio.Queue()
-        #: The first token as soon as it is sampled, however far the hand-off is.
-        self.first: asyncio.Future[FirstToken | Failed] = asyncio.get_running_loop().create_future()
+        #: Each sample's first token as soon as it is chosen, however far the hand-off is.
+        self.first: list[asyncio.Future[FirstChoice | Failed]] = [
+            asyncio.get_running_loop().create_future() for _ in range(samples)
+        ]
 
     async def begin(self) -> None:
         """Takes blocks and queues the computation. Raises InvalidRequestError, or RpcFailure when blocks are short."""
         drafts = self._draft_kv is not None
         try:
-            await self._thread.submit(self._engine.begin, self._id, self._request, drafts, self._on_engine_event)
+            await self._thread.submit(
+                self._engine.begin, self._id, self._request, self._samples, drafts, self._on_engine_event
+            )
         except OutOfBlocksError as error:
             raise RpcFailure(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)) from None
 
@@ -47,33 +56,44 @@ class PrefillJob:
         return self._thread.submit(self._engine.release, self._id)
 
     async def messages(self) -> AsyncGenerator[decode_pb2.HandoffRequest]:
-        """The hand-off's frames in order, each as soon as its KV is computed. Ends without a commit.
+        """The hand-off's frames in order, each as soon as what it carries is computed. Ends without a commit.
 
         Raises RpcFailure when the engine lost the job. To be called once.
         """
-        index = 0
-        while True:
+        numbers = itertools.count()
+        async for span, data in self._context():
+            yield decode_pb2.HandoffRequest(kv=kv_frame(next(numbers), span, data))
+        for _ in range(self._samples):
             match await self._events.get():
-                case Computed(start, end):
-                    async for span, data in self._export(KvPart.TARGET, self._engine.runner.target_kv, start, end):
-                        yield decode_pb2.HandoffRequest(kv=kv_frame(index, span, data))
-                        index += 1
+                case Drafted(sample, tree, row):
+                    yield decode_pb2.HandoffRequest(draft=self._draft_frame(next(numbers), sample, tree))
+                    if row is not None:
+                        yield decode_pb2.HandoffRequest(kv=kv_frame(next(numbers), *row, sample=sample))
                 case Failed(reason):
                     raise failure(reason)
-                case Drafted(tree):
-                    break
-        yield decode_pb2.HandoffRequest(draft=self._draft_frame(index, tree))
-        index += 1
-        if self._draft_kv is not None:
-            end = len(self._request.context) + 1
-            async for span, data in self._export(KvPart.DRAFT, self._draft_kv, 1, end):
-                yield decode_pb2.HandoffRequest(kv=kv_frame(index, span, data))
-                index += 1
+                case Computed():
+                    raise AssertionError("a chunk behind the last one")
 
-    def _draft_frame(self, index: int, tree: DraftTree) -> decode_pb2.DraftFrame:
-        first = self.first.result()
-        assert isinstance(first, FirstToken), "a tree without a first token"
-        return tree_to_proto(tree, index=index, first_token=first.token_id)
+    async def _context(self) -> AsyncGenerator[tuple[KvSpan, bytes]]:
+        """What the samples share: the target's KV of the context, and the draft rows in front of its end."""
+        length, computed = len(self._request.context), 0
+        while computed < length:
+            match await self._events.get():
+                case Computed(start, computed):
+                    async for piece in self._export(KvPart.TARGET, self._engine.runner.target_kv, start, computed):
+                        yield piece
+                case Failed(reason):
+                    raise failure(reason)
+                case Drafted():
+                    raise AssertionError("a tree before the last chunk")
+        if self._draft_kv is not None and length > 1:
+            async for piece in self._export(KvPart.DRAFT, self._draft_kv, 1, length):
+                yield piece
+
+    def _draft_frame(self, index: int, sample: int, tree: DraftTree) -> decode_pb2.DraftFrame:
+        first = self.first[sample].result()
+        assert isinstance(first, FirstChoice), "a tree without a first token"
+        return tree_to_proto(tree, index=index, first_token=first.token_id, sample=sample, logprobs=first.logprobs)
 
     async def _export(
         self, part: KvPart, geometry: KvGeometry, start: int, end: int
@@ -95,10 +115,14 @@ class PrefillJob:
         self._thread.deliver(self._on_event, event)
 
     def _on_event(self, event: Event) -> None:
-        if isinstance(event, FirstToken | Failed) and not self.first.done():
-            self.first.set_result(event)
-        if not isinstance(event, FirstToken):
-            self._events.put_nowait(event)
+        if isinstance(event, FirstToken):
+            self.first[event.sample].set_result(event.choice)
+            return
+        if isinstance(event, Failed):
+            for first in self.first:
+                if not first.done():
+                    first.set_result(event)
+        self._events.put_nowait(event)
 
 
 def failure(reason: str) -> RpcFailure:

@@ -11,10 +11,11 @@ from typing import Any
 
 import grpc
 
-from branchline.core import Request
+from branchline.core import MAX_SAMPLES, InvalidRequestError, Request
+from branchline.engine.prefill import FirstChoice
 from branchline.engine.thread import EngineStoppedError, EngineThread
 from branchline.v1 import decode_pb2, prefill_pb2, prefill_pb2_grpc
-from branchline.wire.convert import fingerprint_to_proto, finish_reason_to_proto, request_from_proto
+from branchline.wire.convert import fingerprint_to_proto, finish_reason_to_proto, logprobs_to_proto, request_from_proto
 from prefill_worker.channels import DecodeChannels
 from prefill_worker.engine_loop import Failed, PrefillLoop
 from prefill_worker.handoff import HandoffSender, HandoffTotals
@@ -45,8 +46,10 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
     async def Prefill(  # noqa: N802
         self, message: prefill_pb2.PrefillRequest, _: grpc.aio.ServicerContext
     ) -> AsyncGenerator[prefill_pb2.PrefillResponse]:
-        request = request_from_proto(message.request)
-        job = PrefillJob(next(self._job_ids), request, message.ship_draft, self._thread, self._engine)
+        request, samples = request_from_proto(message.request), message.samples or 1
+        if samples > MAX_SAMPLES:
+            raise InvalidRequestError(f"samples must be at most {MAX_SAMPLES}, got {samples}")
+        job = PrefillJob(next(self._job_ids), request, samples, message.ship_draft, self._thread, self._engine)
         self._requests += 1
         try:
             await job.begin()
@@ -99,23 +102,32 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
 async def _answer(
     job: PrefillJob, shipping: asyncio.Task[HandoffTotals]
 ) -> AsyncGenerator[prefill_pb2.PrefillResponse]:
-    """The first token, then the hand-off's totals. A hand-off that fails early ends it before the first token."""
-    either: set[asyncio.Future[Any]] = {job.first, shipping}
-    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-    if not job.first.done():
-        shipping.result()  # raises: a hand-off can't be complete without the first token
-    first = job.first.result()
-    if isinstance(first, Failed):
-        raise failure(first.reason)
-    finish_reason = finish_reason_to_proto(first.finish)
-    yield prefill_pb2.PrefillResponse(
-        first_token=prefill_pb2.FirstToken(token_id=first.token_id, finish_reason=finish_reason)
-    )
-    if first.finish is not None:
+    """The first tokens, then the hand-off's totals. A hand-off that fails early ends it before the first token."""
+    goes_on = False
+    for sample, chosen in enumerate(job.first):
+        either: set[asyncio.Future[Any]] = {chosen, shipping}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not chosen.done():
+            shipping.result()  # raises: a hand-off can't be complete without the first tokens
+        first = chosen.result()
+        if isinstance(first, Failed):
+            raise failure(first.reason)
+        goes_on = goes_on or first.finish is None
+        yield prefill_pb2.PrefillResponse(first_token=_first_token(sample, first))
+    if not goes_on:
         return
     totals = await shipping
     handed_off = prefill_pb2.HandedOff(kv_bytes=totals.kv_bytes, frames=totals.frames, tree_nodes=totals.tree_nodes)
     yield prefill_pb2.PrefillResponse(handed_off=handed_off)
+
+
+def _first_token(sample: int, choice: FirstChoice) -> prefill_pb2.FirstToken:
+    return prefill_pb2.FirstToken(
+        token_id=choice.token_id,
+        finish_reason=finish_reason_to_proto(choice.finish),
+        sample=sample,
+        logprobs=None if choice.logprobs is None else logprobs_to_proto(choice.logprobs),
+    )
 
 
 def _on_released(request: Request, released: asyncio.Future[None]) -> None:

@@ -6,6 +6,7 @@ largest rank is preempted; the smallest rank is never preempted for another, so 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -73,11 +74,13 @@ class Allocations:
         """Whether all of it would fit if nothing else were there."""
         return samples <= self._slots and self._blocks(context_length, samples) <= self._pool.total
 
-    def can_allocate(self, context_length: int, samples: int) -> bool:
-        """Whether it fits now, leaving a block for each live sequence to grow, lest it is preempted at once."""
-        spare = len(self.live)
-        enough = self._pool.can_allocate(self._blocks(context_length, samples) + spare)
-        return samples <= len(self._free_slots) and enough
+    def can_allocate(self, context_length: int, samples: int, without: Collection[Allocation] = ()) -> bool:
+        """Whether it fits now, or would `without` some of the live ones, leaving a block for each live sequence to
+        grow, lest it is preempted at once."""
+        staying = [allocation for allocation in self.live if allocation not in without]
+        held = {block for allocation in staying for block in allocation.blocks}
+        enough = self._blocks(context_length, samples) + len(staying) <= self._pool.total - len(held)
+        return samples <= self._slots - len(staying) and enough
 
     def allocate(
         self, context_length: int, max_length: int, samples: int, rank: float, priority: int

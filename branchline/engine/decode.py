@@ -6,7 +6,7 @@ host's knowledge of a sequence's length lags by one iteration, and blocks are al
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -132,9 +132,10 @@ class DecodeRunner:
         if not self._allocations.could_fit(context_length, samples):
             raise InvalidRequestError(f"{samples} samples of {context_length} tokens can't be decoded at once here")
 
-    def can_allocate(self, context_length: int, samples: int = 1) -> bool:
-        """Whether slots and blocks are free, with a block left for each live sequence to grow."""
-        return self._allocations.can_allocate(context_length, samples)
+    def can_allocate(self, context_length: int, samples: int = 1, without: Collection[Allocation] = ()) -> bool:
+        """Whether slots and blocks are free, or would be `without` some of the live allocations, with a block left for
+        each of the others to grow."""
+        return self._allocations.can_allocate(context_length, samples, without)
 
     def allocate(
         self, context_length: int, max_length: int, samples: int = 1, rank: float = 0.0, priority: int = 0

@@ -13,6 +13,13 @@ from decode_worker.leases import _NEXT, Lease, LeaseEndedError, LeaseState, Leas
 LEASES = st.integers(0, 30)
 
 
+def new_lease(table: LeaseTable, request_id: str, attempt: int, *, now: float, length: int = 8) -> Lease:
+    [lease_id] = table.new_ids(attempt, 1)
+    lease = Lease(lease_id, request_id, attempt, length - 1, length, True, expires_at=now + table.ttl_s)
+    table.add(lease)
+    return lease
+
+
 class LeaseMachine(RuleBasedStateMachine):
     """Blocks follow leases: taken at creation, given back at the end, whatever happens in between."""
 
@@ -30,7 +37,7 @@ class LeaseMachine(RuleBasedStateMachine):
             blocks = self.pool.allocate(blocks_for(length, 16))
         except OutOfBlocksError:
             return
-        lease = self.table.create("request", attempt, length - 1, length, True, self.now)
+        lease = new_lease(self.table, "request", attempt, now=self.now, length=length)
         assert lease.lease_id not in self.blocks
         self.blocks[lease.lease_id] = blocks
         self.made.append(lease)
@@ -93,13 +100,13 @@ def table() -> LeaseTable:
 
 
 def test_an_unused_lease_expires_after_its_ttl(table: LeaseTable) -> None:
-    lease = table.create("a", 1, 4, 8, True, now=100.0)
+    lease = new_lease(table, "a", 1, now=100.0)
     assert table.expired(109.9) == []
     assert table.expired(110.0) == [lease]
 
 
 def test_what_arrives_prolongs_the_lease_and_an_open_stream_holds_it(table: LeaseTable) -> None:
-    lease = table.create("a", 1, 4, 8, True, now=100.0)
+    lease = new_lease(table, "a", 1, now=100.0)
     table.touch(lease, 107.0)
     assert table.expired(116.0) == []
     assert table.expired(117.0) == [lease]
@@ -108,17 +115,27 @@ def test_what_arrives_prolongs_the_lease_and_an_open_stream_holds_it(table: Leas
 
 
 def test_ids_carry_incarnation_and_attempt_and_those_of_others_are_unknown(table: LeaseTable) -> None:
-    assert table.create("a", 7, 4, 8, True, now=0.0).lease_id == "f00d.7.1"
-    other = LeaseTable("beef", ttl_s=10.0).create("a", 7, 4, 8, True, now=0.0)
+    assert new_lease(table, "a", 7, now=0.0).lease_id == "f00d.7.1"
+    other = new_lease(LeaseTable("beef", ttl_s=10.0), "a", 7, now=0.0)
     with pytest.raises(UnknownLeaseError):
         table.get(other.lease_id)
 
 
 def test_attempts_at_one_request_are_told_apart(table: LeaseTable) -> None:
-    first = table.create("a", 1, 4, 8, True, now=0.0)
-    second = table.create("a", 2, 4, 8, True, now=0.0)
-    table.create("b", 1, 4, 8, True, now=0.0)
+    first = new_lease(table, "a", 1, now=0.0)
+    second = new_lease(table, "a", 2, now=0.0)
+    new_lease(table, "b", 1, now=0.0)
     assert table.superseded("a", 2) == [first]
     assert table.superseded("a", 3) == [first, second]
     assert table.outdated("a", 1)
     assert not table.outdated("a", 2)
+
+
+def test_samples_get_ids_of_their_own_and_a_preemption_is_remembered(table: LeaseTable) -> None:
+    assert table.new_ids(2, 3) == ("f00d.2.1", "f00d.2.2", "f00d.2.3")
+    taken, aborted = (new_lease(table, "a", 1, now=0.0) for _ in range(2))
+    table.end(taken, LeaseState.ABORTED, "because", preempted=True)
+    table.end(aborted, LeaseState.ABORTED, "because")
+    assert table.was_preempted(taken.lease_id)
+    assert not table.was_preempted(aborted.lease_id)
+    assert not table.was_preempted("unknown")

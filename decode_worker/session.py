@@ -1,0 +1,97 @@
+"""What hangs on a lease while it lives: its token stream, its share of the hand-off, its counters."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+
+import grpc
+
+from branchline.core import FinishReason, Request, SpeculationStats, TokenLogprobs
+from branchline.wire.status import RpcFailure
+from decode_worker.arrived import Arrived
+from decode_worker.leases import Lease
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """Tokens of one step; `index` is the output index of the first, `speculation` the lease's up to here."""
+
+    index: int
+    token_ids: tuple[int, ...]
+    speculation: SpeculationStats
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Preempted:
+    """The blocks went to a request that comes first; `reason` is for those who meet the lease later."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Aborted:
+    reason: str
+
+
+#: The last event of a token stream.
+Ending = Finish | Preempted | Aborted
+
+
+@dataclass(eq=False)
+class SampleGroup:
+    """The samples of one reservation: one hand-off serves them all."""
+
+    arrived: Arrived
+    #: By sample, those that have ended included.
+    members: list[Session] = field(default_factory=list)
+    #: Sample 0's hand-off stream ends with this failure as soon as it is set.
+    handoff_over: asyncio.Future[RpcFailure] | None = None
+    #: The hand-off has arrived whole; from now on each sample goes its own way.
+    complete: bool = False
+
+    @property
+    def live(self) -> list[Session]:
+        return [member for member in self.members if not member.lease.state.ended]
+
+    def end_handoff(self, reason: str) -> None:
+        """Ends the open hand-off stream, if there is one."""
+        if self.handoff_over is not None and not self.handoff_over.done():
+            self.handoff_over.set_result(RpcFailure(grpc.StatusCode.ABORTED, reason))
+
+
+@dataclass(eq=False)
+class Session:
+    """A lease and everything that hangs on it."""
+
+    lease: Lease
+    group: SampleGroup
+    sample: int = 0
+    #: For the token stream. Holds at most max_tokens tokens, so it needs no bound of its own.
+    events: asyncio.Queue[TokenBatch | Ending] = field(default_factory=asyncio.Queue)
+    request: Request | None = None
+    speculation: SpeculationStats = field(default_factory=SpeculationStats)
+    next_output: int = 0
+
+    def log(self, event: str, facts: str) -> None:
+        lease = self.lease
+        logger.info("lease=%s request=%s event=%s %s", lease.lease_id, lease.request_id, event, facts)
+
+
+@dataclass
+class Totals:
+    """Since the start, over all requests."""
+
+    speculation: SpeculationStats = field(default_factory=SpeculationStats)
+    emitted_tokens: int = 0
+    cold_starts: int = 0
+    preemptions: int = 0
