@@ -6,7 +6,7 @@ import json
 import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -53,6 +53,20 @@ def weight_files(directory: Path) -> list[Path]:
         if files:
             return files
     raise ModelError(f"{directory}: no weights (neither *.safetensors nor pytorch_model.bin)")
+
+
+class TensorSource(Protocol):
+    """Where a model takes its tensors from: a checkpoint, or anything that has them by name."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def take(self, name: str, shape: Iterable[int]) -> torch.Tensor:
+        """The tensor `name`, which must have this shape; on any device, in any dtype."""
+        ...
+
+    def rows(self, name: str) -> int:
+        """The first dimension of `name`, without taking it."""
+        ...
 
 
 class Weights:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from branchline.engine.models.checkpoint import Weights
+from branchline.engine.models.checkpoint import TensorSource, Weights
 from branchline.engine.models.eagle3_config import NUM_AUXILIARY, Eagle3Config, read_eagle3_config
 from branchline.engine.models.protocol import Attention, DraftSpec, KvGeometry, ModelError, TargetSpec
 from branchline.engine.models.reference_layers import LayerLoader, Linear, RmsNorm, RotaryTable, SelfAttention, SwiGlu
@@ -74,10 +74,26 @@ def load_eagle3(
     """
     config = read_eagle3_config(directory)
     check_fits(config, target)
-    weights, decoder = Weights(directory), config.decoder
+    weights = Weights(directory)
+    head = build_eagle3(config, weights, target, target_embedding, device, dtype)
+    weights.ignore("t2d", "verifier_lm_head.weight", "verifier_norm.weight")
+    weights.check_all_taken()
+    return head
+
+
+def build_eagle3(
+    config: Eagle3Config,
+    weights: TensorSource,
+    target: TargetSpec,
+    target_embedding: torch.Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Eagle3Head:
+    """Builds a head from a source of tensors in the public names. Raises ModelError for a wrong vocabulary."""
+    decoder = config.decoder
     layer = "midlayer" if "midlayer.hidden_norm.weight" in weights else "layers.0"
     loader = LayerLoader(weights, decoder, device, dtype)
-    head = Eagle3Head(
+    return Eagle3Head(
         spec=DraftSpec(
             kv=KvGeometry(1, decoder.num_kv_heads, decoder.head_dim, dtype),
             hidden_size=decoder.hidden_size,
@@ -98,9 +114,6 @@ def load_eagle3(
         # The target's limit: the head is asked for every position that the target is.
         rotary=RotaryTable(decoder.rope, decoder.head_dim, target.max_position, device, dtype),
     )
-    weights.ignore("t2d", "verifier_lm_head.weight", "verifier_norm.weight")
-    weights.check_all_taken()
-    return head
 
 
 def check_fits(config: Eagle3Config, target: TargetSpec) -> None:
@@ -115,7 +128,7 @@ def check_fits(config: Eagle3Config, target: TargetSpec) -> None:
     config.layers_to_fuse(target.kv.num_layers)
 
 
-def _target_token_ids(weights: Weights, config: Eagle3Config, vocab_size: int) -> torch.Tensor:
+def _target_token_ids(weights: TensorSource, config: Eagle3Config, vocab_size: int) -> torch.Tensor:
     """int64 `[draft_vocab_size]`. The checkpoint stores offsets: draft entry i is the target's token i + d2t[i]."""
     ids = torch.arange(config.draft_vocab_size)
     if "d2t" in weights:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from branchline.engine.models.checkpoint import Weights, read_config, read_eos_token_ids
+from branchline.engine.models.checkpoint import TensorSource, Weights, read_config, read_eos_token_ids
 from branchline.engine.models.protocol import Attention, KvGeometry, TargetOutput, TargetSpec
 from branchline.engine.models.reference_config import DecoderConfig, parse_target
 from branchline.engine.models.reference_layers import (
@@ -75,25 +75,35 @@ def load_target(
     """Loads a Hugging Face checkpoint. Raises ModelError for an unknown architecture or wrong weights."""
     config = parse_target(read_config(directory))
     weights = Weights(directory)
-    loader = LayerLoader(weights, config, device, dtype)
-    embedding = loader.tensor("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+    target = build_target(config, weights, read_eos_token_ids(directory), device, dtype, auxiliary_layers)
     if config.tied_embeddings:
-        head = Linear(embedding)
         weights.ignore("lm_head.weight")
-    else:
-        head = loader.linear(config.hidden_size, {"lm_head": config.vocab_size})
-    target = ReferenceTarget(
-        spec=_spec(config, dtype, read_eos_token_ids(directory)),
-        embedding=embedding,
-        layers=[_load_layer(loader, f"model.layers.{index}") for index in range(config.num_layers)],
-        norm=loader.norm("model.norm"),
-        head=head,
-        rotary=RotaryTable(config.rope, config.head_dim, config.max_position, device, dtype),
-        auxiliary_layers=auxiliary_layers,
-    )
     weights.ignore(*(name for name in weights.names() if name.endswith("rotary_emb.inv_freq")))
     weights.check_all_taken()
     return target
+
+
+def build_target(
+    config: DecoderConfig,
+    weights: TensorSource,
+    eos_token_ids: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    auxiliary_layers: tuple[int, ...] = (),
+) -> ReferenceTarget:
+    """Builds the model from a source of tensors in Hugging Face's names."""
+    loader = LayerLoader(weights, config, device, dtype)
+    embedding = loader.tensor("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+    tied = config.tied_embeddings
+    return ReferenceTarget(
+        spec=_spec(config, dtype, eos_token_ids),
+        embedding=embedding,
+        layers=[_load_layer(loader, f"model.layers.{index}") for index in range(config.num_layers)],
+        norm=loader.norm("model.norm"),
+        head=Linear(embedding) if tied else loader.linear(config.hidden_size, {"lm_head": config.vocab_size}),
+        rotary=RotaryTable(config.rope, config.head_dim, config.max_position, device, dtype),
+        auxiliary_layers=auxiliary_layers,
+    )
 
 
 def read_target_spec(directory: Path, dtype: torch.dtype) -> TargetSpec:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from branchline.engine.models.checkpoint import Weights
+from branchline.engine.models.checkpoint import TensorSource
 from branchline.engine.models.protocol import Attention
 from branchline.engine.models.reference_config import DecoderConfig, RopeConfig
 
@@ -124,9 +124,9 @@ class SwiGlu:
 
 @dataclass(frozen=True)
 class LayerLoader:
-    """Builds layers from a checkpoint's tensors, on a device and in a dtype."""
+    """Builds layers from a source's tensors, on a device and in a dtype."""
 
-    weights: Weights
+    weights: TensorSource
     config: DecoderConfig
     device: torch.device
     dtype: torch.dtype
