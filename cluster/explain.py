@@ -86,7 +86,8 @@ class Explainer:
     def _steps(self, allocation: Allocation, count: int) -> Iterator[StepView]:
         """The next iterations, each as it was done."""
         for number in range(1, count + 1):
-            root, tree, length = self.decode.root(allocation), self.decode.tree(allocation), allocation.length
+            state, slot, length = self.decode.state, allocation.slot, allocation.length
+            root, tree = int(state.root[slot]), state.tree(slot)
             (result,) = self.decode.step().results
             yield StepView(number, length, allocation.length, root, tree, result.token_ids, result.finish)
             if result.finish is not None:

@@ -183,7 +183,7 @@ class DecodeIteration:
         keep = (step < accepted.length[:, None]) & rows.active[:, None]
         source = slots_of(block_table, rows.length[:, None] + accepted.path[:, 1:], size)
         target = slots_of(block_table, rows.length[:, None] + step, size)
-        self.cache.move(source.reshape(-1), null_unless(keep, target).reshape(-1))
+        self.cache.move(source, null_unless(keep, target))
 
     def _draft(
         self,
@@ -208,6 +208,7 @@ class DecodeIteration:
         parents = torch.where(self._node[:-1] < rows.budget[:, None], tree.parents, ABSENT)
         self.state.tree_tokens[:, : self.nodes].index_copy_(0, slots, tree.tokens)
         self.state.tree_parents[:, : self.nodes].index_copy_(0, slots, parents)
+        self.state.tree_scores[:, : self.nodes].index_copy_(0, slots, tree.scores)
 
 
 def _nobody(_: str) -> None:

@@ -39,6 +39,7 @@ class BatchState:
     root: torch.Tensor  # int64: token id of node 0
     tree_tokens: torch.Tensor  # int64 [slots + 1, nodes]
     tree_parents: torch.Tensor  # int64 [slots + 1, nodes]: node numbers, ABSENT where there is no node
+    tree_scores: torch.Tensor  # float32 [slots + 1, nodes]: cumulative draft log-probabilities, for whoever looks on
     budget: torch.Tensor  # int64
     draft_start: torch.Tensor  # int64
     remaining: torch.Tensor  # int64
@@ -56,6 +57,7 @@ class BatchState:
             root=full(0),
             tree_tokens=full(0, nodes),
             tree_parents=full(ABSENT, nodes),
+            tree_scores=torch.zeros((slots + 1, nodes), dtype=torch.float32, device=device),
             budget=full(0),
             draft_start=full(1),
             remaining=full(0),
@@ -71,6 +73,7 @@ class BatchState:
             root=self.root.index_select(0, slots),
             tree_tokens=self.tree_tokens[:, :nodes].index_select(0, slots),
             tree_parents=self.tree_parents[:, :nodes].index_select(0, slots),
+            tree_scores=self.tree_scores[:, :nodes].index_select(0, slots),
             budget=self.budget.index_select(0, slots),
             draft_start=self.draft_start.index_select(0, slots),
             remaining=self.remaining.index_select(0, slots),
@@ -89,12 +92,19 @@ class BatchState:
         self.root[slot] = start.first_token
         self.tree_tokens[slot] = self.tree_tokens.new_tensor([*tree.tokens, *[0] * padding])
         self.tree_parents[slot] = self.tree_parents.new_tensor([*tree.parents, *[ABSENT] * padding])
+        self.tree_scores[slot] = self.tree_scores.new_tensor([*tree.scores, *[0.0] * padding])
         self.budget[slot] = start.budget
         self.draft_start[slot] = start.draft_start
         self.remaining[slot] = start.remaining
         self.stop_token_ids[slot] = self.stop_token_ids.new_tensor(stop)
         self.sampling.load(slot, request, start.first_token)
         self.active[slot] = True
+
+    def tree(self, slot: int) -> DraftTree:
+        """The tree that the slot's next iteration verifies, read back to the host: between iterations only."""
+        columns = (self.tree_tokens, self.tree_parents, self.tree_scores)
+        nodes = int((self.tree_parents[slot] != ABSENT).sum())
+        return DraftTree(*(tuple(column[slot, :nodes].tolist()) for column in columns))
 
     def clear(self, slot: int) -> None:
         self.active[slot] = False
