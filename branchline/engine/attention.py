@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from branchline.engine.cache import PagedKvCache, null_unless, slots_of
@@ -35,4 +37,13 @@ class PagedAttention:
         visibility = Visibility.of(base, start, ancestors, offsets, depths)
         slots = slots_of(block_table, base[:, None] + offsets, cache.block_size)
         slots = null_unless(keep, slots).reshape(-1)
-        return TorchAttention(cache, block_table, slots, visibility)
+        return implementation(cache.storage.device)(cache, block_table, slots, visibility)
+
+
+def implementation(device: torch.device) -> Callable[[PagedKvCache, torch.Tensor, torch.Tensor, Visibility], Attention]:
+    """What makes the attention of a pass on this device."""
+    if device.type == "cuda":
+        from branchline.engine.triton_attention import TritonAttention  # triton exists on GPU machines alone
+
+        return TritonAttention
+    return TorchAttention

@@ -49,24 +49,27 @@ class PagedKvCache:
         rows[0].index_copy_(1, slots, key.transpose(0, 1))
         rows[1].index_copy_(1, slots, value.transpose(0, 1))
 
-    def gather(self, layer: int, block_table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of sequences, `[kv_heads, batch, width * block_size, head_dim]`; block_table `[batch, width]`."""
+    def gather(self, layer: int, block_table: torch.Tensor) -> torch.Tensor:
+        """K and V of sequences, `[2, kv_heads, batch, width * block_size, head_dim]`; block_table `[batch, width]`."""
         batch, width = block_table.shape
         heads, head_dim = self.geometry.num_kv_heads, self.geometry.head_dim
-        flat = block_table.reshape(-1)
-        key, value = (
-            self.storage[layer, part]
-            .view(heads, -1, self.block_size * head_dim)
-            .index_select(1, flat)
-            .view(heads, batch, width * self.block_size, head_dim)
-            for part in (0, 1)
-        )
-        return key, value
+        blocks = self.storage[layer].view(2 * heads, -1, self.block_size * head_dim)
+        gathered = blocks.index_select(1, block_table.reshape(-1))
+        return gathered.view(2, heads, batch, width * self.block_size, head_dim)
 
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copies rows, `[n]` slots each, in every layer, K and V. All reads come before the first write: the
-        ranges may overlap. This is the KV rewind (docs/architecture.md, section 4)."""
-        self.storage.index_copy_(3, target, self.storage.index_select(3, source))
+        """Copies rows in every layer, K and V: slots int64 `[batch, n]`, those of one sequence in a row of each.
+
+        All of a sequence's rows are read before the first is written: the ranges may overlap. Sequences must not write
+        what another reads, the null block aside. This is the KV rewind (docs/architecture.md, section 4).
+        """
+        if self.storage.is_cuda:
+            from branchline.engine.triton_rewind import move  # triton exists on GPU machines alone
+
+            move(self.storage, source, target)
+            return
+        planes = self.storage.flatten(0, 2)
+        planes.index_copy_(1, target.reshape(-1), planes.index_select(1, source.reshape(-1)))
 
     def read(self, layers: tuple[int, int], heads: tuple[int, int], slots: torch.Tensor) -> torch.Tensor:
         """Rows in the wire's canonical order: `[layers, 2, tokens, heads, head_dim]`, contiguous."""

@@ -33,7 +33,7 @@ def test_move_reads_every_row_before_it_writes(data: st.DataObject) -> None:
     expected = cache.storage.clone()
     for s, t in zip(source, target, strict=True):
         expected[:, :, :, t] = cache.storage[:, :, :, s]
-    cache.move(torch.tensor(source), torch.tensor(target))
+    cache.move(torch.tensor([source]), torch.tensor([target]))
     assert torch.equal(cache.storage, expected)
 
 
