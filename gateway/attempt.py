@@ -77,9 +77,9 @@ class Attempt:
                 if ended := await self._step():
                     yield ended
         finally:
-            await self._legs.close()
-            for sample in tuple(self._held):
+            for sample in tuple(self._held):  # first: the wait for the calls' end may be cut short by a cancellation
                 self._give_back(sample)
+            await self._legs.close()
 
     def _prefill_request(self) -> prefill_pb2.PrefillRequest:
         return prefill_pb2.PrefillRequest(

@@ -11,7 +11,7 @@ from typing import Any
 from scripted_workers import ScriptedDecode, ScriptedPrefill, eventually, expected_tokens, running
 
 from branchline.config import GatewayConfig
-from branchline.v1 import gateway_pb2, gateway_pb2_grpc
+from branchline.v1 import gateway_pb2, gateway_pb2_grpc, types_pb2
 from branchline.wire.channels import open_channel
 from branchline.wire.server import RpcServer
 from gateway.backend import Backend
@@ -23,14 +23,18 @@ PROMPT = (41, 42, 43)
 
 @dataclass
 class Answer:
+    """One sample's."""
+
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[types_pb2.TokenLogprobs] = field(default_factory=list)
     finished: gateway_pb2.Completion | None = None
 
     def add(self, response: gateway_pb2.GenerateResponse) -> None:
         assert self.finished is None, "a response after the last"
         self.text += response.text
         self.token_ids += response.token_ids
+        self.logprobs += response.logprobs
         if response.HasField("finished"):
             self.finished = response.finished
 
@@ -54,18 +58,29 @@ class House:
         return self.stub.Generate(gateway_pb2.GenerateRequest(max_tokens=max_tokens, **options), timeout=timeout)
 
     async def answer(self, max_tokens: int = 8, **options: Any) -> Answer:
-        answer = Answer()
-        async for response in self.call(max_tokens, **options):
-            answer.add(response)
+        (answer,) = await self.answers(max_tokens, **options)
         return answer
+
+    async def answers(self, max_tokens: int = 8, **options: Any) -> list[Answer]:
+        """One for each sample."""
+        answers = [Answer() for _ in range(options.get("n", 1))]
+        async for response in self.call(max_tokens, **options):
+            answers[response.sample].add(response)
+        assert all(answer.finished for answer in answers)
+        return answers
+
+    async def complete_all(self, n: int, max_tokens: int = 8, **options: Any) -> list[Answer]:
+        """Samples that must all be whole."""
+        answers = await self.answers(max_tokens, n=n, **options)
+        for sample, answer in enumerate(answers):
+            assert answer.token_ids == expected_tokens(PROMPT, max_tokens, sample)
+            assert answer.text == self.tokens.decode(answer.token_ids)
+            assert answer.finished.usage.completion_tokens == max_tokens
+        return answers
 
     async def complete(self, max_tokens: int = 8, **options: Any) -> Answer:
         """An answer that must be whole: no token lost, none twice."""
-        answer = await self.answer(max_tokens, **options)
-        assert answer.token_ids == expected_tokens(PROMPT, max_tokens)
-        assert answer.text == self.tokens.decode(answer.token_ids)
-        assert answer.finished is not None
-        assert answer.finished.usage.completion_tokens == max_tokens
+        (answer,) = await self.complete_all(1, max_tokens, **options)
         return answer
 
     async def idle(self, within_s: float = 1.0) -> None:

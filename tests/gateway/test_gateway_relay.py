@@ -8,7 +8,15 @@ import time
 import grpc
 import pytest
 from gateway_harness import PROMPT, house
-from scripted_workers import ScriptedDecode, ScriptedPrefill, eventually, expected_tokens, running, token_at
+from scripted_workers import (
+    ScriptedDecode,
+    ScriptedPrefill,
+    eventually,
+    expected_tokens,
+    logprobs_at,
+    running,
+    token_at,
+)
 
 from branchline.core import Fingerprint
 from branchline.v1 import gateway_pb2, types_pb2
@@ -42,6 +50,71 @@ async def test_happy_path(tokens: Tokens) -> None:
         assert (request.sampling.seed, request.sampling.temperature, list(request.stop_token_ids)) == (5, 0.5, [0])
         await h.idle()
         assert h.decodes[0].aborts == []  # a lease that finished needs none
+
+
+async def test_every_option_reaches_the_workers(tokens: Tokens) -> None:
+    async with house(tokens, [ScriptedPrefill()], [ScriptedDecode()]) as h:
+        options = {
+            "seed": 5,
+            "temperature": 0.5,
+            "top_p": 0.9,
+            "top_k": 4,
+            "min_p": 0.1,
+            "repetition_penalty": 1.5,
+            "presence_penalty": 0.25,
+            "frequency_penalty": -0.25,
+        }
+        await h.complete(
+            8,
+            **options,
+            logit_bias=[types_pb2.LogitBias(token_id=3, bias=-1.5)],
+            bad_words=["fox"],
+            min_tokens=3,
+            logprobs=4,
+            draft_nodes=2,
+        )
+        for request in (h.prefills[0].requests[0], h.decodes[0].requests[0]):
+            assert {name: getattr(request.sampling, name) for name in options} == options
+            assert [(entry.token_id, entry.bias) for entry in request.sampling.logit_bias] == [(3, -1.5)]
+            words = [tuple(word.token_ids) for word in request.sampling.bad_words]
+            assert words == [tokens.encode_word("fox"), tokens.encode_word(" fox")]
+            assert (request.min_tokens, request.logprobs, request.draft_nodes) == (3, 4, 2)
+
+
+async def test_unset_options_stay_unset(tokens: Tokens) -> None:
+    async with house(tokens, [ScriptedPrefill()], [ScriptedDecode()]) as h:
+        await h.complete(4)
+        for request in (h.prefills[0].requests[0], h.decodes[0].requests[0]):
+            assert not request.HasField("logprobs")
+            assert not request.HasField("draft_nodes")
+            assert request.sampling.repetition_penalty == 1.0
+
+
+@pytest.mark.parametrize("top", [0, 3])
+async def test_logprobs_are_relayed_token_by_token(tokens: Tokens, top: int) -> None:
+    decode = ScriptedDecode(repeat=2, failing=1, failure=failure(Code.UNAVAILABLE))
+    async with house(tokens, [ScriptedPrefill()], [decode]) as h:
+        answer = await h.complete(8, logprobs=top)
+        assert answer.logprobs == [logprobs_at(PROMPT, index, 0, top) for index in range(8)]
+        assert answer.finished.failovers == 1
+        assert not (await h.complete(8)).logprobs
+
+
+async def test_logprobs_are_cut_with_the_tokens(tokens: Tokens) -> None:
+    text = tokens.decode(expected_tokens(PROMPT, 20))
+    async with house(tokens, [ScriptedPrefill()], [ScriptedDecode()]) as h:
+        answer = await h.answer(20, stop=[text[4:7]], logprobs=1)
+        count = answer.finished.usage.completion_tokens
+        assert count < 20
+        assert answer.logprobs == [logprobs_at(PROMPT, index, 0, 1) for index in range(count)]
+
+
+async def test_a_worker_that_forgets_the_logprobs(tokens: Tokens) -> None:
+    async with house(tokens, [ScriptedPrefill(forget_logprobs=True)], [ScriptedDecode()], max_attempts=1) as h:
+        error = await refused(h.call(logprobs=1))
+        assert "1 tokens came with 0 log-probabilities" in error.details()
+        assert h.backend.pool.workers[0].cost[0]  # it is avoided
+        await h.idle()
 
 
 async def test_text_prompt(tokens: Tokens) -> None:

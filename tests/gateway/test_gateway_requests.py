@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from tiny_tokenizer import tiny_tokens
 
-from branchline.core import FinishReason, InvalidRequestError, SamplingParams
-from branchline.v1 import gateway_pb2
+from branchline.core import FinishReason, InvalidRequestError, SamplingParams, SpeculationStats
+from branchline.v1 import gateway_pb2, types_pb2
 from gateway.journal import AttemptRecord, JournalEntry
 from gateway.limits import Limits
 from gateway.tokens import Tokens
@@ -24,6 +24,10 @@ def ids(*values: int) -> gateway_pb2.TokenIds:
 
 def chat(*messages: tuple[str, str]) -> gateway_pb2.ChatMessages:
     return gateway_pb2.ChatMessages(messages=[gateway_pb2.ChatMessage(role=r, content=c) for r, c in messages])
+
+
+def bias(*entries: tuple[int, float]) -> list[types_pb2.LogitBias]:
+    return [types_pb2.LogitBias(token_id=token_id, bias=value) for token_id, value in entries]
 
 
 async def resolved(tokens: Tokens, **fields: Any) -> JournalEntry:
@@ -67,6 +71,58 @@ BAD = {
     "long stop string": ({"prompt": "a", "stop": ["b" * 1025]}, r"stop\[0\]: at most 1024 characters, got 1025"),
     "many stop ids": ({"prompt": "a", "stop_token_ids": [1, 2, 3, 4, 5]}, "stop_token_ids: at most 4, got 5"),
     "stop id out of range": ({"prompt": "a", "stop_token_ids": [9999]}, r"stop_token_ids\[0\]: 9999"),
+    "min_p NaN": ({"prompt": "a", "min_p": math.nan}, "min_p must be between 0 and 1, got nan"),
+    "min_p 1.1": ({"prompt": "a", "min_p": 1.1}, "min_p"),
+    "repetition_penalty 0": ({"prompt": "a", "repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
+    "repetition_penalty infinite": ({"prompt": "a", "repetition_penalty": math.inf}, "repetition_penalty"),
+    "repetition_penalty NaN": ({"prompt": "a", "repetition_penalty": math.nan}, "repetition_penalty"),
+    "presence_penalty 3": ({"prompt": "a", "presence_penalty": 3.0}, "presence_penalty must be between -2 and 2"),
+    "presence_penalty NaN": ({"prompt": "a", "presence_penalty": math.nan}, "presence_penalty"),
+    "frequency_penalty -3": ({"prompt": "a", "frequency_penalty": -3.0}, "frequency_penalty must be between -2 and 2"),
+    "bias too large": ({"prompt": "a", "logit_bias": bias((7, 101.0))}, "logit_bias of token 7 must be between -100"),
+    "bias NaN": ({"prompt": "a", "logit_bias": bias((7, math.nan))}, "logit_bias of token 7"),
+    "bias of a token twice": (
+        {"prompt": "a", "logit_bias": bias((7, 1.0), (7, 1.0))},
+        "logit_bias names a token twice",
+    ),
+    "bias of no token": (
+        {"prompt": "a", "logit_bias": bias((1, 1.0), (480, 1.0))},
+        r"logit_bias\[1\]: 480 is not below",
+    ),
+    "many biases": (
+        {"prompt": "a", "logit_bias": bias(*((index, 1.0) for index in range(301)))},
+        "logit_bias: at most 300 tokens, got 301",
+    ),
+    "empty bad word": ({"prompt": "a", "bad_words": ["b", ""]}, r"bad_words\[1\]: must not be empty"),
+    "long bad word": (
+        {"prompt": "a", "bad_words": ["ok", "0123456789"]},
+        r"bad_words\[1\]: '0123456789' has more than 8 tokens, got 10",
+    ),
+    "bad word that is too long behind a space": ({"prompt": "a", "bad_words": ["01234567"]}, r"bad_words\[0\].* got 9"),
+    "very long bad word": ({"prompt": "a", "bad_words": ["x" * 10**6]}, r"bad_words\[0\]: 'x{40}…' has more than 8"),
+    "many bad words": ({"prompt": "a", "bad_words": [str(i) for i in range(33)]}, "bad_words: at most 32, got 33"),
+    "many sequences": (
+        {"prompt": "a", "bad_words": [str(index) for index in range(17)]},
+        "bad_words: with and without a space before them these are 34 token sequences, at most 32",
+    ),
+    "min_tokens negative": ({"prompt": "a", "min_tokens": -1}, "min_tokens: must be between 0 and max_tokens"),
+    "min_tokens over max_tokens": (
+        {"prompt": "a", "max_tokens": 5, "min_tokens": 6},
+        "min_tokens: must be between 0 and max_tokens, which is 5, got 6",
+    ),
+    "min_tokens over the limit": ({"prompt": "a", "min_tokens": 33}, "max_tokens, which is 32, got 33"),
+    "min_tokens over the context": (
+        {"token_ids": ids(*[1] * 50), "min_tokens": 15},
+        r"min_tokens must be between 0 and max_tokens \(14\), got 15",
+    ),
+    "logprobs negative": ({"prompt": "a", "logprobs": -1}, "logprobs: must be between 0 and 20, got -1"),
+    "logprobs 21": ({"prompt": "a", "logprobs": 21}, "logprobs: must be between 0 and 20, got 21"),
+    "no samples": ({"prompt": "a", "n": 0}, "n: must be between 1 and 16, got 0"),
+    "17 samples": ({"prompt": "a", "n": 17}, "n: must be between 1 and 16, got 17"),
+    "draft_nodes negative": ({"prompt": "a", "draft_nodes": -1}, "draft_nodes: must be between 0 and 1048576, got -1"),
+    "draft_nodes huge": ({"prompt": "a", "draft_nodes": 2**40}, "draft_nodes"),
+    "priority 101": ({"prompt": "a", "priority": 101}, "priority: must be between -100 and 100, got 101"),
+    "priority -101": ({"prompt": "a", "priority": -101}, "priority: must be between -100 and 100, got -101"),
 }
 
 
@@ -88,6 +144,8 @@ async def test_defaults(tokens: Tokens) -> None:
     assert tokens.decode(list(entry.prompt)) == "the fox"
     assert entry.max_tokens == 32
     assert entry.sampling == SamplingParams(seed=entry.sampling.seed)
+    assert (entry.min_tokens, entry.logprobs, entry.draft_nodes, entry.priority) == (0, None, None, 0)
+    assert entry.arrived == 5.0
     assert entry.stop_token_ids == tokens.eos_ids
     other = await resolved(tokens, prompt="the fox")
     assert (other.request_id, other.sampling.seed) != (entry.request_id, entry.sampling.seed)
@@ -110,10 +168,51 @@ async def test_everything_given(tokens: Tokens) -> None:
         stop=["a", "b", "a"],
         ignore_eos=True,
         stop_token_ids=[5, 5, 6],
+        min_p=0.05,
+        repetition_penalty=1.2,
+        presence_penalty=-0.5,
+        frequency_penalty=0.25,
+        logit_bias=bias((3, -100.0), (0, 2.5)),
+        bad_words=["fox"],
+        min_tokens=2,
+        logprobs=0,
+        draft_nodes=0,
+        priority=-4,
     )
     assert tokens.decode(list(entry.prompt)) == "<system>be brief\n<user>hello\n<assistant>"
-    assert entry.sampling == SamplingParams(temperature=0.5, top_p=0.9, top_k=40, seed=11)
+    assert entry.sampling == SamplingParams(
+        temperature=0.5,
+        top_p=0.9,
+        top_k=40,
+        seed=11,
+        min_p=0.05,
+        repetition_penalty=1.2,
+        presence_penalty=-0.5,
+        frequency_penalty=0.25,
+        logit_bias=((3, -100.0), (0, 2.5)),
+        bad_words=(tokens.encode_word("fox"), tokens.encode_word(" fox")),
+    )
+    assert (entry.min_tokens, entry.logprobs, entry.draft_nodes, entry.priority) == (2, 0, 0, -4)
+    request = entry.next_request()
+    assert (request.min_tokens, request.logprobs, request.draft_nodes) == (2, 0, 0)
     assert (entry.max_tokens, entry.stop, entry.stop_token_ids) == (7, ("a", "b"), (5, 6))
+
+
+async def test_samples_differ_in_their_number_only(tokens: Tokens) -> None:
+    entries = await resolve(gateway_pb2.GenerateRequest(prompt="the fox", n=3), tokens, LIMITS, arrived=5.0)
+    assert [entry.sampling.sample_index for entry in entries] == [0, 1, 2]
+    base = entries[0].request_id.removesuffix(".0")
+    assert [entry.request_id for entry in entries] == [f"{base}.0", f"{base}.1", f"{base}.2"]
+    assert len({entry.sampling.seed for entry in entries}) == 1
+    assert len({entry.prompt for entry in entries}) == 1
+
+
+async def test_bad_words_stand_for_their_token_sequences(tokens: Tokens) -> None:
+    """Each once, with and without a space before it, and without the special tokens that a prompt may get."""
+    entry = await resolved(tokens, prompt="a", bad_words=["fox", " fox", "fox", "日本"])
+    words = ["fox", " fox", "  fox", "日本", " 日本"]
+    assert entry.sampling.bad_words == tuple(tokens.encode_word(word) for word in words)
+    assert [tokens.decode(list(word)) for word in entry.sampling.bad_words] == words
 
 
 async def test_long_input_is_encoded_off_the_loop_and_alike(tokens: Tokens) -> None:
@@ -154,6 +253,18 @@ class TestJournal:
         journal.attempts += [AttemptRecord("p:1", "d:1", "it broke"), AttemptRecord("p:1", "d:2")]
         assert journal.failovers == 1
         assert journal.failures == "attempt 1 (p:1 -> d:1): it broke"
+
+    def test_preemptions_are_no_failures(self) -> None:
+        journal = entry()
+        stats = SpeculationStats(1, 2, 1)
+        journal.attempts += [
+            AttemptRecord("p:1", "d:1", "preempted", preempted=True, speculation=stats),
+            AttemptRecord("p:1", "d:1", "it broke", speculation=stats),
+            AttemptRecord("p:1", "d:1", "preempted", preempted=True),
+            AttemptRecord("p:1", "d:1", speculation=stats),
+        ]
+        assert (journal.preemptions, journal.failovers, journal.failed_attempts) == (2, 1, 1)
+        assert journal.speculation == stats + stats + stats
 
     def test_holds_the_invariants_of_a_request(self) -> None:
         with pytest.raises(InvalidRequestError):
