@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 from model_helpers import HEAD_DIM, KV_HEADS, LAYERS
 
-from branchline.core import DraftTree, KvPart, KvSpan
+from branchline.core import DraftTree, KvPart, KvSpan, TokenLogprobs
 from branchline.v1 import decode_pb2
 from branchline.wire.convert import tree_to_proto
 from branchline.wire.frames import kv_frame
@@ -33,12 +33,19 @@ def header(lease_id: str, kv_dtype: str = "float32") -> decode_pb2.HandoffReques
     return decode_pb2.HandoffRequest(header=decode_pb2.HandoffHeader(lease_id=lease_id, kv_dtype=kv_dtype))
 
 
-def kv(index: int, of: KvSpan, data: bytes | None = None) -> decode_pb2.HandoffRequest:
-    return decode_pb2.HandoffRequest(kv=kv_frame(index, of, zeros(of) if data is None else data))
+def kv(index: int, of: KvSpan, data: bytes | None = None, sample: int = 0) -> decode_pb2.HandoffRequest:
+    return decode_pb2.HandoffRequest(kv=kv_frame(index, of, zeros(of) if data is None else data, sample))
 
 
-def draft(index: int, first_token: int = 5, tree: DraftTree = TREE) -> decode_pb2.HandoffRequest:
-    return decode_pb2.HandoffRequest(draft=tree_to_proto(tree, index=index, first_token=first_token))
+def draft(
+    index: int,
+    first_token: int = 5,
+    tree: DraftTree = TREE,
+    sample: int = 0,
+    logprobs: TokenLogprobs | None = None,
+) -> decode_pb2.HandoffRequest:
+    frame = tree_to_proto(tree, index=index, first_token=first_token, sample=sample, logprobs=logprobs)
+    return decode_pb2.HandoffRequest(draft=frame)
 
 
 def commit(messages: list[decode_pb2.HandoffRequest], **changes: int) -> decode_pb2.HandoffRequest:
@@ -53,6 +60,20 @@ def frames(context: int, with_draft: bool = True) -> list[decode_pb2.HandoffRequ
     messages = [kv(index, half) for index, half in enumerate(halves)] + [draft(2)]
     if with_draft:
         messages.append(kv(3, span(KvPart.DRAFT, layers=(0, 1), tokens=(1, context + 1))))
+    return messages
+
+
+def row(index: int, context: int, sample: int) -> decode_pb2.HandoffRequest:
+    """A sample's own draft row."""
+    return kv(index, span(KvPart.DRAFT, layers=(0, 1), tokens=(context, context + 1)), sample=sample)
+
+
+def sample_frames(context: int, samples: int) -> list[decode_pb2.HandoffRequest]:
+    """Every frame of a hand-off for several samples; sample i's first token is 5 + i."""
+    messages = frames(context)
+    for sample in range(1, samples):
+        messages.append(draft(len(messages), 5 + sample, sample=sample))
+        messages.append(row(len(messages), context, sample))
     return messages
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
-from typing import Any
 
 import grpc
 import handoff_messages as wire
 import pytest
 from handoff_messages import commit, draft, frames, header, kv, send, span
 from model_helpers import HEAD_DIM, KV_HEADS, LAYERS, VOCAB
-from worker_driver import Driver, code_of, eventually
+from worker_driver import Driver, code_of, drain, eventually
 
 from branchline.core import DraftTree, KvPart, Request
 from branchline.v1 import decode_pb2
@@ -255,11 +254,6 @@ async def test_a_later_attempt_takes_over_and_an_earlier_one_is_refused(workers:
     assert await code_of(workers.reserve(request_)) is grpc.StatusCode.ABORTED
     assert await code_of(send(workers.decode, [header(first.lease_id)])) is grpc.StatusCode.ABORTED
     await workers.decode.Abort(decode_pb2.AbortRequest(lease_id=second.lease_id))
-
-
-async def drain(call: Any) -> None:
-    while await call.read() is not grpc.aio.EOF:
-        pass
 
 
 def test_the_hand_made_frames_fit_the_model() -> None:

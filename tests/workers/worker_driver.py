@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -59,6 +60,12 @@ class Tiny:
             tokens.append(int(logits.argmax()))
         return tuple(tokens[len(prompt) :])
 
+    @torch.inference_mode()
+    def logprobs(self, prompt: tuple[int, ...], output: tuple[int, ...]) -> torch.Tensor:
+        """The oracle's log-probabilities where each token of `output` was chosen: `[len(output), vocab]`."""
+        logits = self.oracle(torch.tensor([[*prompt, *output[:-1]]])).logits[0, len(prompt) - 1 :]
+        return logits.log_softmax(-1)
+
 
 @dataclass
 class Outcome:
@@ -67,6 +74,14 @@ class Outcome:
     token_ids: list[int] = field(default_factory=list)
     finish: types_pb2.FinishReason = types_pb2.FINISH_REASON_UNSPECIFIED
     speculation: types_pb2.Speculation = field(default_factory=types_pb2.Speculation)
+    logprobs: list[types_pb2.TokenLogprobs] = field(default_factory=list)
+    preempted: bool = False
+
+
+def sample_of(request: Request, number: int) -> Request:
+    """A sample's own request, as the gateway attaches with it."""
+    index = request.sampling.sample_index + number
+    return dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, sample_index=index))
 
 
 @dataclass
@@ -116,13 +131,19 @@ class Driver:
                 decode_address=self.decode_address,
                 lease_id=lease.lease_id,
                 ship_draft=lease.accepts_draft,
+                samples=1 + len(lease.sibling_lease_ids),
             ),
             timeout=TIMEOUT_S,
         )
 
     async def complete(self, request: Request) -> Outcome:
         """The whole way of one request, as the gateway goes it: cancelled anywhere, it gives its lease back."""
-        reserving = asyncio.ensure_future(self.reserve(request))
+        [outcome] = await self.complete_samples(request, 1)
+        return outcome
+
+    async def complete_samples(self, request: Request, samples: int, **changes: Any) -> list[Outcome]:
+        """The same for several samples that share the prompt."""
+        reserving = asyncio.ensure_future(self.reserve(request, samples=samples, **changes))
         try:
             lease = await asyncio.shield(reserving)
             return await self._complete(request, lease)
@@ -130,36 +151,49 @@ class Driver:
             lease = await reserving
             await self.abort(lease)
 
-    async def _complete(self, request: Request, lease: decode_pb2.ReserveResponse) -> Outcome:
-        stream = await self.attach(lease.lease_id, request)
-        outcome = Outcome()
+    async def _complete(self, request: Request, lease: decode_pb2.ReserveResponse) -> list[Outcome]:
+        lease_ids = [lease.lease_id, *lease.sibling_lease_ids]
+        requests = [sample_of(request, number) for number in range(len(lease_ids))]
+        streams = [await self.attach(*one) for one in zip(lease_ids, requests, strict=True)]
+        outcomes = [Outcome() for _ in requests]
         try:
             async for event in self.start_prefill(request, lease):
                 if event.WhichOneof("event") == "first_token":
+                    outcome = outcomes[event.first_token.sample]
                     outcome.token_ids.append(event.first_token.token_id)
                     outcome.finish = event.first_token.finish_reason
-            if not outcome.finish:
-                await self.relay(stream, request, outcome)
+                    if event.first_token.HasField("logprobs"):
+                        outcome.logprobs.append(event.first_token.logprobs)
+            if not all(outcome.finish for outcome in outcomes):
+                await asyncio.gather(*map(self.relay, streams, requests, outcomes))
         finally:
-            stream.cancel()
-        return outcome
+            for stream in streams:
+                stream.cancel()
+        return outcomes
 
     async def abort(self, lease: decode_pb2.ReserveResponse) -> None:
-        await self.decode.Abort(decode_pb2.AbortRequest(lease_id=lease.lease_id), timeout=TIMEOUT_S)
+        for lease_id in (lease.lease_id, *lease.sibling_lease_ids):
+            await self.decode.Abort(decode_pb2.AbortRequest(lease_id=lease_id), timeout=TIMEOUT_S)
 
     async def relay(self, stream: Any, request: Request, outcome: Outcome) -> None:
         while (event := await stream.read()) is not grpc.aio.EOF:
             if event.WhichOneof("event") == "finished":
                 outcome.finish = event.finished.reason
                 continue
+            if event.WhichOneof("event") == "preempted":
+                outcome.preempted = True
+                continue
             outcome.speculation = event.tokens.speculation
             at = event.tokens.index - len(request.emitted)
-            tokens = list(event.tokens.token_ids)
+            tokens, logprobs = list(event.tokens.token_ids), list(event.tokens.logprobs)
+            assert len(logprobs) == (0 if request.logprobs is None else len(tokens))
             if at == 0:
                 assert outcome.token_ids == tokens, "decode repeats prefill's token"
+                assert outcome.logprobs == logprobs, "decode repeats prefill's log-probabilities"
             else:
                 assert at == len(outcome.token_ids), "a token was lost or came twice"
                 outcome.token_ids += tokens
+                outcome.logprobs += logprobs
 
     async def prefill_idle(self) -> bool:
         status = await self.prefill.GetStatus(prefill_pb2.PrefillServiceGetStatusRequest(), timeout=TIMEOUT_S)
@@ -167,7 +201,7 @@ class Driver:
 
     async def decode_idle(self) -> bool:
         status = await self.decode.GetStatus(decode_pb2.DecodeServiceGetStatusRequest(), timeout=TIMEOUT_S)
-        return status.blocks_used == status.leases == status.running == status.tasks == 0
+        return status.blocks_used == status.leases == status.running == status.tasks == status.queued == 0
 
     async def wait_until_idle(self, timeout_s: float = 1.0) -> None:
         """Nothing is in use on either side within `timeout_s`."""
@@ -219,6 +253,12 @@ async def running_workers(prefill: Config, decode: Config | None = None) -> Asyn
         connected(prefill_address, decode_address) as driver,
     ):
         yield driver
+
+
+async def drain(call: Any) -> None:
+    """Reads to the end. Raises AioRpcError when that isn't OK."""
+    while await call.read() is not grpc.aio.EOF:
+        pass
 
 
 async def code_of(call: Any) -> grpc.StatusCode:
