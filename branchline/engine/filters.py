@@ -13,8 +13,6 @@ import torch
 _DIGITS = ((20, 11), (10, 10), (0, 10))
 #: A token's weight in top-p is its probability relative to the likeliest one's, in units of 2**-40.
 _WEIGHT_ONE = 2.0**40
-#: Farther than any finite distance between logits that a model gives.
-_FAR = 1e30
 _NO_BORDER = 2**31 - 1
 
 
@@ -28,16 +26,17 @@ def outside_filters(
     the probabilities of what they left. A token that ties with the last one kept is kept. Distances to the largest
     logit are compared in float32.
     """
-    distance = logits.amax(-1, keepdim=True) - logits
+    distance = (logits.amax(-1, keepdim=True) - logits).abs_()  # of two zeros it may be -0.0
     key = distance.view(torch.int32)
-    count_border = _border(key, torch.ones_like(top_k)[:, None].expand(key.shape), top_k[:, None])
-    border = torch.minimum(count_border, min_p_reach[:, None].view(torch.int32))
-    kept = distance.add(_beyond(key, border), alpha=_FAR)  # `key` is a view of `distance`: leave that as it is
-    weights = kept.neg_().exp_().mul_(_WEIGHT_ONE).long()
-    total = weights.sum(-1, keepdim=True)
-    wanted = (total * top_p[:, None]).ceil().long()
-    mass_border = _border(key, weights, torch.minimum(wanted.clamp_(min=1), total))
-    # Top-p 1 must not lose the tokens whose weight is below a unit.
+    one_each = torch.ones_like(top_k)[:, None].expand(key.shape)
+    border = torch.minimum(_border(key, one_each, top_k[:, None]), min_p_reach[:, None].view(torch.int32))
+    # Nothing beyond 80 weighs a unit; exp is slow where it underflows.
+    weights = distance.clamp(max=80.0).neg_().exp_().mul_(_WEIGHT_ONE)
+    kept_weights = weights.addcmul_(weights, _beyond(key, border), value=-1.0).long()
+    total = kept_weights.sum(-1, keepdim=True)
+    wanted = (total * top_p[:, None]).ceil().long().clamp_(min=1)
+    mass_border = _border(key, kept_weights, torch.minimum(wanted, total))
+    # Top-p 1 must not lose the tokens that weigh less than a unit.
     mass_border = torch.where(top_p[:, None] < 1.0, mass_border, _NO_BORDER)
     return _beyond(key, torch.minimum(border, mass_border))
 
@@ -53,12 +52,13 @@ def _border(key: torch.Tensor, weights: torch.Tensor, wanted: torch.Tensor) -> t
     key int32 `[batch, vocab]`, not negative; weights int64 `[batch, vocab]`; wanted int64 `[batch, 1]`, from 1 to the
     sum of the row's weights.
     """
-    low = torch.zeros_like(key[:, :1])
+    low = torch.zeros_like(wanted)
+    bins = torch.empty_like(key, dtype=torch.int64)
     for shift, bits in _DIGITS:
         # Bin 0 is everything below `low`, the last one everything beyond the digit's range.
         size = 1 << bits
-        bins = (key >> shift).sub_((low >> shift) - 1).clamp_(0, size + 1)
-        totals = weights.new_zeros((key.shape[0], size + 2)).scatter_add_(1, bins.long(), weights)
-        short = (totals.cumsum(1) < wanted).sum(1, keepdim=True, dtype=torch.int32)
+        bins.copy_(key).bitwise_right_shift_(shift).sub_((low >> shift) - 1).clamp_(0, size + 1)
+        totals = weights.new_zeros((key.shape[0], size + 2)).scatter_add_(1, bins, weights)
+        short = (totals.cumsum(1) < wanted).sum(1, keepdim=True)
         low = low + ((short - 1) << shift)
-    return low
+    return low.int()

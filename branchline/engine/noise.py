@@ -19,30 +19,32 @@ _BELOW_ONE = 1.0 - 2.0**-24
 
 def noise_key(seed: int, sample_index: int) -> int:
     """What tells one sample of one request from all others; a signed 64-bit integer for `gumbel_noise`."""
-    mixed_seed = _mix(torch.tensor(seed, dtype=torch.int64))
-    return int(_mix(mixed_seed + (sample_index + 1) * torch.tensor(_GOLDEN)).item())
+    mixed_seed = _mix_(torch.tensor(seed, dtype=torch.int64))
+    return int(_mix_(mixed_seed + (sample_index + 1) * torch.tensor(_GOLDEN)).item())
 
 
 def gumbel_noise(keys: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     """Standard Gumbel noise, finite: keys int64 `[batch]` (`noise_key`), positions int64 `[batch, n]`, token_ids int64
     `[vocab]` -> float32 `[batch, n, vocab]`. `positions` are the absolute positions of the tokens to be chosen.
     """
-    streams = _mix(keys[:, None] + positions * _GOLDEN)
-    bits = _mix(streams[:, :, None] + (token_ids + 1) * _GOLDEN)
+    streams = _mix_(keys[:, None] + positions * _GOLDEN)
+    bits = _mix_(streams[:, :, None] + (token_ids + 1).mul_(_GOLDEN))
     # 53 bits make a uniform number; float32 keeps the leading 24 that are not zero. -log(1 - u) is fine where u is
     # small, and that is where the large noise comes from, which decides: it is exact up to -log(2**-54), about 37.
-    uniform = _shift_right(bits, 11).float().add_(0.5).mul_(2.0**-53).clamp_(max=_BELOW_ONE)
+    uniform = _shift_right_(bits, 11).float().add_(0.5).mul_(2.0**-53).clamp_(max=_BELOW_ONE)
     exponential = uniform.neg_().log1p_().neg_()
     return exponential.log_().neg_()
 
 
-def _shift_right(value: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical shift (PyTorch's is arithmetic); a new tensor."""
-    return (value >> bits).bitwise_and_((1 << (64 - bits)) - 1)
+def _mix_(value: torch.Tensor) -> torch.Tensor:
+    """The finaliser of splitmix64 (Steele, Lea, Flood 2014) on int64, wrapping. In place, with one scratch tensor: new
+    memory for every step would cost more than the arithmetic."""
+    shifted = torch.empty_like(value)
+    value.bitwise_xor_(_shift_right_(shifted.copy_(value), 30)).mul_(_MIX_A)
+    value.bitwise_xor_(_shift_right_(shifted.copy_(value), 27)).mul_(_MIX_B)
+    return value.bitwise_xor_(_shift_right_(shifted.copy_(value), 31))
 
 
-def _mix(value: torch.Tensor) -> torch.Tensor:
-    """The finaliser of splitmix64 (Steele, Lea, Flood 2014) on int64, wrapping; a new tensor."""
-    value = _shift_right(value, 30).bitwise_xor_(value).mul_(_MIX_A)
-    value = _shift_right(value, 27).bitwise_xor_(value).mul_(_MIX_B)
-    return _shift_right(value, 31).bitwise_xor_(value)
+def _shift_right_(value: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical shift, in place; PyTorch's is arithmetic."""
+    return value.bitwise_right_shift_(bits).bitwise_and_((1 << (64 - bits)) - 1)
