@@ -19,9 +19,9 @@ from branchline.client.errors import (
     UnsupportedError,
 )
 from branchline.client.options import GenerateOptions
-from branchline.client.results import Chunk, Completion, ServerInfo, Usage, Worker
+from branchline.client.results import Chunk, Completion, Sample, ServerInfo, Usage, Worker
 from branchline.client.sync import Client, Stream
-from branchline.core import FinishReason, SpeculationStats
+from branchline.core import FinishReason, SpeculationStats, TokenLogprobs
 
 __all__ = [
     "AsyncClient",
@@ -36,10 +36,12 @@ __all__ = [
     "GenerateOptions",
     "InvalidRequestError",
     "OverloadedError",
+    "Sample",
     "ServerError",
     "ServerInfo",
     "SpeculationStats",
     "Stream",
+    "TokenLogprobs",
     "UnavailableError",
     "UnsupportedError",
     "Usage",

@@ -1,17 +1,25 @@
 """The options of a generation and the request message made of them.
 
-Only mistakes of type and shape are found here, those that a message cannot even carry; what a value means, and
-whether it is allowed, the gateway decides.
+Only mistakes of type and shape are found here (`values`), those that a message cannot even carry; what a value means,
+and whether it is allowed, the gateway decides.
 """
 
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from branchline.client.errors import InvalidRequestError
+from branchline.client.values import (
+    biases_value,
+    chat_value,
+    ids_value,
+    integer_value,
+    number_value,
+    text_value,
+    texts_value,
+)
 from branchline.v1 import gateway_pb2
 
 #: Seconds that a call may take when nobody says otherwise.
@@ -41,6 +49,27 @@ class GenerateOptions(TypedDict, total=False):
     ignore_eos: bool
     #: More token ids that end the generation.
     stop_token_ids: Sequence[int]
+    #: From 0, the default, to 1: keeps tokens at least this likely relative to the likeliest one.
+    min_p: float | None
+    #: Above 0, at most 100; above 1, the default, disfavours tokens of the prompt and the output.
+    repetition_penalty: float | None
+    #: From -2 to 2, default 0: disfavour tokens of the output, once, and once per occurrence.
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    #: Token id -> what is added to its logit, from -100 to 100; at most 300.
+    logit_bias: Mapping[int, float] | None
+    #: Strings that the output is not to contain, as the tokenizer writes them with and without a space before them.
+    bad_words: Sequence[str]
+    #: No end-of-sequence or stop token is chosen before this many tokens; default 0.
+    min_tokens: int | None
+    #: Log-probabilities with every token: its own, and this many of the likeliest ones', 0 to 20. Default: none.
+    logprobs: int | None
+    #: Samples, 1 to 16, default 1; they share the computation of the prompt.
+    n: int | None
+    #: The most draft nodes verified in a step; 0 is plain decoding. Default: the workers' own tree. For speed only.
+    draft_nodes: int | None
+    #: From -100 to 100, higher first; default 0. One level is worth ten seconds of waiting.
+    priority: int | None
 
 
 def generate_request(
@@ -56,6 +85,17 @@ def generate_request(
     stop: str | Sequence[str] | None = None,
     ignore_eos: bool = False,
     stop_token_ids: Sequence[int] = (),
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    presence_penalty: float | None = None,
+    frequency_penalty: float | None = None,
+    logit_bias: Mapping[int, float] | None = None,
+    bad_words: Sequence[str] = (),
+    min_tokens: int | None = None,
+    logprobs: int | None = None,
+    n: int | None = None,
+    draft_nodes: int | None = None,
+    priority: int | None = None,
 ) -> gateway_pb2.GenerateRequest:
     """Raises InvalidRequestError, naming the option, for a value that the message cannot carry."""
     given = [
@@ -69,87 +109,43 @@ def generate_request(
         )
     if not isinstance(ignore_eos, bool):
         raise InvalidRequestError(f"ignore_eos: must be True or False, got {ignore_eos!r}")
-    request = gateway_pb2.GenerateRequest(
+    return gateway_pb2.GenerateRequest(  # None leaves a field unset
+        prompt=None if prompt is None else text_value("prompt", prompt),
+        chat=None if messages is None else chat_value(messages),
+        token_ids=None if token_ids is None else gateway_pb2.TokenIds(ids=ids_value("token_ids", token_ids)),
+        max_tokens=_count("max_tokens", max_tokens),
+        temperature=_real("temperature", temperature),
+        top_p=_real("top_p", top_p),
+        top_k=_count("top_k", top_k),
+        seed=None if seed is None else integer_value("seed", seed, 0, 2**63 - 1),
+        stop=[] if stop is None else texts_value("stop", [stop] if isinstance(stop, str) else stop),
         ignore_eos=ignore_eos,
-        stop=[] if stop is None else [_text("stop", item) for item in ([stop] if isinstance(stop, str) else stop)],
-        stop_token_ids=_ids("stop_token_ids", stop_token_ids),
+        stop_token_ids=ids_value("stop_token_ids", stop_token_ids),
+        min_p=_real("min_p", min_p),
+        repetition_penalty=_real("repetition_penalty", repetition_penalty),
+        presence_penalty=_real("presence_penalty", presence_penalty),
+        frequency_penalty=_real("frequency_penalty", frequency_penalty),
+        logit_bias=[] if logit_bias is None else biases_value(logit_bias),
+        bad_words=texts_value("bad_words", bad_words),
+        min_tokens=_count("min_tokens", min_tokens),
+        logprobs=_count("logprobs", logprobs),
+        n=_count("n", n),
+        draft_nodes=_count("draft_nodes", draft_nodes),
+        priority=_count("priority", priority),
     )
-    if prompt is not None:
-        request.prompt = _text("prompt", prompt)
-    elif messages is not None:
-        request.chat.CopyFrom(_chat(messages))
-    elif token_ids is not None:
-        request.token_ids.CopyFrom(gateway_pb2.TokenIds(ids=_ids("token_ids", token_ids)))
-    if max_tokens is not None:
-        request.max_tokens = _integer("max_tokens", max_tokens, -(2**63), 2**63 - 1)
-    if temperature is not None:
-        request.temperature = _number("temperature", temperature)
-    if top_p is not None:
-        request.top_p = _number("top_p", top_p)
-    if top_k is not None:
-        request.top_k = _integer("top_k", top_k, -(2**63), 2**63 - 1)
-    if seed is not None:
-        request.seed = _integer("seed", seed, 0, 2**63 - 1)
-    return request
+
+
+def _count(name: str, value: Any) -> int | None:
+    return None if value is None else integer_value(name, value, -(2**63), 2**63 - 1)
+
+
+def _real(name: str, value: Any) -> float | None:
+    return None if value is None else number_value(name, value)
 
 
 def deadline(timeout: float) -> float:
     """The seconds that a call has. Every call has an end: infinity is refused."""
-    seconds = _number("timeout", timeout)
+    seconds = number_value("timeout", timeout)
     if not (math.isfinite(seconds) and seconds > 0):
         raise InvalidRequestError(f"timeout: must be a positive number of seconds, got {seconds}")
     return seconds
-
-
-def _chat(messages: Sequence[Mapping[str, str]]) -> gateway_pb2.ChatMessages:
-    if isinstance(messages, str | Mapping):
-        raise InvalidRequestError("messages: must be a list of {'role': …, 'content': …}")
-    chat = gateway_pb2.ChatMessages()
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-            raise InvalidRequestError(f"messages[{index}]: must have the keys 'role' and 'content', got {message!r}")
-        chat.messages.add(
-            role=_text(f"messages[{index}].role", message["role"]),
-            content=_text(f"messages[{index}].content", message["content"]),
-        )
-    return chat
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise InvalidRequestError(f"{name}: must be a string, got {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequestError(
-            f"{name}: the character at {error.start} is half of a surrogate pair and has no UTF-8 form"
-        ) from None
-    return value
-
-
-def _ids(name: str, values: Sequence[int]) -> list[int]:
-    if isinstance(values, str | bytes):
-        raise InvalidRequestError(f"{name}: must be a list of integers, got {type(values).__name__}")
-    return [_integer(f"{name}[{index}]", value, 0, 2**32 - 1) for index, value in enumerate(values)]
-
-
-def _integer(name: str, value: Any, low: int, high: int) -> int:
-    """Takes whatever is an integer by Python's own rule (NumPy's are), except bool."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
-        raise InvalidRequestError(f"{name}: must be an integer, got {value!r}")
-    if not low <= number <= high:
-        raise InvalidRequestError(f"{name}: must be between {low} and {high}, got {number}")
-    return number
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool | str | bytes):
-        raise InvalidRequestError(f"{name}: must be a number, got {value!r}")
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise InvalidRequestError(f"{name}: must be a number, got {value!r}") from None

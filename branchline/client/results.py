@@ -1,20 +1,14 @@
-"""What calls return: immutable values, and the sum of a stream's parts."""
+"""What calls return: immutable values."""
 
 from __future__ import annotations
 
 import dataclasses
-import time
+import enum
 from dataclasses import dataclass
 from typing import Any
 
-from branchline.client.errors import ServerError
-from branchline.core import FinishReason, SpeculationStats
-from branchline.v1 import gateway_pb2, types_pb2
-
-_FINISH_REASONS = {
-    types_pb2.FINISH_REASON_STOP: FinishReason.STOP,
-    types_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
-}
+from branchline.core import FinishReason, SpeculationStats, TokenLogprobs
+from branchline.v1 import gateway_pb2
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +17,12 @@ class Chunk:
 
     text: str
     token_ids: tuple[int, ...]
+    #: Which of the `n` samples it belongs to, from 0.
+    sample: int = 0
+    #: As many as `token_ids` when they were asked for, else none.
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    #: Set in the last chunk of a sample.
+    finish_reason: FinishReason | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,30 +34,59 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
-class Completion:
-    """A finished request."""
+class Sample:
+    """One of the `n` samples of a finished request."""
 
     text: str
     token_ids: tuple[int, ...]
     #: Compares equal to the strings "stop" and "length".
     finish_reason: FinishReason
-    usage: Usage
+    #: For each token its `.logprob`, and the likeliest ones' in `.top` as (token id, log-probability), falling: the
+    #: model's own, before penalties, temperature and filters. Empty unless asked for.
+    logprobs: tuple[TokenLogprobs, ...]
     #: `.target_forwards`, `.drafted`, `.accepted` and `.acceptance_length`.
+    speculation: SpeculationStats
+    #: Times it moved to other workers after a failure.
+    failovers: int
+    #: Times a decode worker took its blocks back for another request.
+    preemptions: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers, fit for JSON."""
+        values: dict[str, Any] = _plain(dataclasses.asdict(self))
+        values["speculation"]["acceptance_length"] = self.speculation.acceptance_length
+        return values
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished request. What is one sample's is sample 0's here; `samples` has those of all."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    #: Compares equal to the strings "stop" and "length".
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprobs, ...]
+    #: The prompt once, and the tokens of all samples.
+    usage: Usage
+    #: Of all samples together.
     speculation: SpeculationStats
     #: The seed in effect; sent again with the same input and options it gives the same tokens.
     seed: int
-    #: Times the request moved to other workers after a failure.
+    #: Times that samples moved to other workers after a failure, and that decode workers took blocks back.
     failovers: int
-    #: Seconds on this side's monotonic clock from the call to its first token and to its end.
+    preemptions: int
+    #: `n` of them, in the order of their numbers.
+    samples: tuple[Sample, ...]
+    #: Seconds on this side's monotonic clock from the call to its first token, of any sample, and to its end.
     time_to_first_token_s: float
     duration_s: float
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers, fit for JSON."""
-        values = dataclasses.asdict(self)
-        values["token_ids"] = list(self.token_ids)
-        values["finish_reason"] = self.finish_reason.value
+        values: dict[str, Any] = _plain(dataclasses.asdict(self))
         values["speculation"]["acceptance_length"] = self.speculation.acceptance_length
+        values["samples"] = [sample.to_dict() for sample in self.samples]
         return values
 
 
@@ -113,54 +142,13 @@ def server_info(message: gateway_pb2.GetInfoResponse) -> ServerInfo:
     )
 
 
-class Collector:
-    """Adds up the responses of one Generate call, from the moment it is made."""
-
-    def __init__(self) -> None:
-        self._started = time.monotonic()
-        self._first_token_s: float | None = None
-        self._text: list[str] = []
-        self._token_ids: list[int] = []
-        self._result: Completion | None = None
-
-    def add(self, response: gateway_pb2.GenerateResponse) -> Chunk | None:
-        """The response's chunk, None when it carries neither text nor tokens."""
-        chunk = Chunk(response.text, tuple(response.token_ids))
-        if chunk.token_ids and self._first_token_s is None:
-            self._first_token_s = time.monotonic() - self._started
-        self._text.append(chunk.text)
-        self._token_ids += chunk.token_ids
-        if response.HasField("finished"):
-            self._result = self._complete(response.finished)
-        return chunk if chunk.text or chunk.token_ids else None
-
-    @property
-    def result(self) -> Completion | None:
-        """None until the last response has come."""
-        return self._result
-
-    def finish(self) -> None:
-        """To be called when the stream has ended well. Raises ServerError when its last response is missing."""
-        if self._result is None:
-            raise ServerError("the stream ended without a result", "DATA_LOSS")
-
-    def _complete(self, message: gateway_pb2.Completion) -> Completion:
-        reason = _FINISH_REASONS.get(message.finish_reason)
-        if reason is None:
-            raise ServerError(f"the server gave the unknown finish reason {message.finish_reason}", "INTERNAL")
-        duration = time.monotonic() - self._started
-        return Completion(
-            text="".join(self._text),
-            token_ids=tuple(self._token_ids),
-            finish_reason=reason,
-            usage=Usage(message.usage.prompt_tokens, message.usage.completion_tokens),
-            speculation=SpeculationStats(
-                target_forwards=message.speculation.target_forwards,
-                drafted=message.speculation.drafted,
-                accepted=message.speculation.accepted,
-            ),
-            seed=message.seed,
-            failovers=message.failovers,
-            time_to_first_token_s=duration if self._first_token_s is None else self._first_token_s,
-            duration_s=duration,
-        )
+def _plain(value: Any) -> Any:
+    """Tuples become lists and enumerations their values, however deep."""
+    match value:
+        case dict():
+            return {key: _plain(item) for key, item in value.items()}
+        case tuple() | list():
+            return [_plain(item) for item in value]
+        case enum.Enum():
+            return value.value
+    return value

@@ -11,9 +11,10 @@ from typing import Any, Self, Unpack
 import grpc
 
 from branchline.client import transport
+from branchline.client.collect import Collector
 from branchline.client.errors import BranchlineError, DeadlineExceededError, UnavailableError, from_rpc_error
 from branchline.client.options import DEFAULT_TIMEOUT_S, GenerateOptions, deadline, generate_request
-from branchline.client.results import Chunk, Collector, Completion, ServerInfo, server_info
+from branchline.client.results import Chunk, Completion, ServerInfo, server_info
 from branchline.v1 import gateway_pb2, gateway_pb2_grpc
 
 
@@ -98,7 +99,7 @@ class Stream:
 
     def __init__(self, stub: Any, request: gateway_pb2.GenerateRequest, timeout_s: float, target: str) -> None:
         self._target = target
-        self._collector = Collector()
+        self._collector = Collector(max(1, request.n))
         self._call = stub.Generate(request, timeout=timeout_s)
 
     def __iter__(self) -> Iterator[Chunk]:

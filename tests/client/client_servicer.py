@@ -43,15 +43,20 @@ class ScriptedGateway(gateway_pb2_grpc.GatewayServiceServicer):  # type: ignore[
         try:
             if request.prompt.startswith("!CODE "):
                 raise RpcFailure(grpc.StatusCode[request.prompt.removeprefix("!CODE ")], "as you wish")
-            for character in request.prompt.removeprefix("!"):
-                yield gateway_pb2.GenerateResponse(text=character, token_ids=[ord(character)])
+            samples = range(request.n or 1)
+            for position, character in enumerate(request.prompt.removeprefix("!")):
+                for sample in samples:  # side by side
+                    yield piece(request, sample, position, character)
             if request.prompt == "!wait":
                 await asyncio.sleep(60)
-            if request.prompt == "!unfinished":
-                return
+            if request.prompt == "!stray sample":
+                yield gateway_pb2.GenerateResponse(sample=1, text="?")
             # Held-back text may come with the last response; one without anything may come before.
             yield gateway_pb2.GenerateResponse()
-            yield gateway_pb2.GenerateResponse(text=".", finished=finished(request))
+            for sample in reversed(samples):  # whichever is ready first
+                if request.prompt == "!unfinished" and sample == 0:
+                    return
+                yield gateway_pb2.GenerateResponse(sample=sample, text=".", finished=finished(request))
         except (asyncio.CancelledError, GeneratorExit):  # the latter when it comes during a yield
             self.cancelled.release()
             raise
@@ -64,6 +69,24 @@ class ScriptedGateway(gateway_pb2_grpc.GatewayServiceServicer):  # type: ignore[
         return INFO
 
 
+def piece(
+    request: gateway_pb2.GenerateRequest, sample: int, position: int, character: str
+) -> gateway_pb2.GenerateResponse:
+    """A character and its token; sample 1 has the next character of the alphabet, and so on."""
+    token_id = ord(character) + sample
+    response = gateway_pb2.GenerateResponse(sample=sample, text=chr(token_id), token_ids=[token_id])
+    if request.HasField("logprobs"):
+        top = range(request.logprobs)
+        response.logprobs.add(
+            logprob=-position - 0.5,
+            top_token_ids=[token_id + rank for rank in top],
+            top_logprobs=[-position - rank / 4 for rank in top],
+        )
+        if request.prompt == "!torn":
+            response.logprobs[0].top_logprobs.append(0.0)
+    return response
+
+
 def finished(request: gateway_pb2.GenerateRequest) -> gateway_pb2.Completion:
     unknown = request.prompt == "!unknown reason"
     return gateway_pb2.Completion(
@@ -72,6 +95,7 @@ def finished(request: gateway_pb2.GenerateRequest) -> gateway_pb2.Completion:
         speculation=types_pb2.Speculation(target_forwards=4, drafted=20, accepted=6),
         seed=request.seed if request.HasField("seed") else 99,
         failovers=1,
+        preemptions=2,
     )
 
 

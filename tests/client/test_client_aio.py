@@ -43,6 +43,17 @@ async def test_generate_streams(client: AsyncClient) -> None:
     assert 0 < stream.result.time_to_first_token_s <= stream.result.duration_s < 10
 
 
+async def test_samples_and_logprobs(client: AsyncClient) -> None:
+    stream = client.generate(prompt="ab", n=2, logprobs=1)
+    parts = [(chunk.sample, chunk.text, len(chunk.logprobs), chunk.finish_reason) async for chunk in stream]
+    assert parts[:4] == [(0, "a", 1, None), (1, "b", 1, None), (0, "b", 1, None), (1, "c", 1, None)]
+    assert parts[4:] == [(1, ".", 0, "stop"), (0, ".", 0, "stop")]
+    result = await client.complete(prompt="ab", n=2, logprobs=1)
+    assert [sample.text for sample in result.samples] == ["ab.", "bc."]
+    assert [sample.logprobs for sample in stream.result.samples] == [sample.logprobs for sample in result.samples]
+    assert result.samples[1].logprobs[1].top == ((99, -1.0),)
+
+
 class TestCancellation:
     async def test_leaving_the_loop(self, client: AsyncClient, gateway: ScriptedGateway) -> None:
         async for _ in client.generate(prompt="!wait"):

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
 import numpy as np
 import pytest
 
-from branchline.client import BranchlineError, InvalidRequestError
+from branchline.client import BranchlineError, GenerateOptions, InvalidRequestError
 from branchline.client.options import deadline, generate_request
+from branchline.v1 import gateway_pb2
 
 
 def test_what_is_not_given_is_not_sent() -> None:
@@ -27,14 +29,39 @@ def test_every_option_is_sent() -> None:
         stop=["a", "b"],
         ignore_eos=True,
         stop_token_ids=[1, 2],
+        min_p=0,
+        repetition_penalty=0,
+        presence_penalty=-9,
+        frequency_penalty=0,
+        logit_bias={5: -1.5, np.int64(0): math.nan},  # type: ignore[dict-item]
+        bad_words=["x", ""],
+        min_tokens=0,
+        logprobs=0,
+        n=0,
+        draft_nodes=0,
+        priority=-500,
     )
     assert [(message.role, message.content) for message in request.chat.messages] == [("user", "Hi")]
     assert {field.name for field, _ in request.ListFields()} == {
-        *("chat", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "ignore_eos", "stop_token_ids")
+        *("chat", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "ignore_eos", "stop_token_ids"),
+        *("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "bad_words"),
+        *("min_tokens", "logprobs", "n", "draft_nodes", "priority"),
     }
     assert request.max_tokens == -1
     assert math.isnan(request.top_p)
     assert list(request.stop) == ["a", "b"]
+    assert [entry.token_id for entry in request.logit_bias] == [5, 0]
+    assert request.logit_bias[0].bias == -1.5
+    assert math.isnan(request.logit_bias[1].bias)
+    assert list(request.bad_words) == ["x", ""]
+    assert (request.presence_penalty, request.priority) == (-9, -500)
+
+
+def test_every_option_is_documented_and_has_a_field() -> None:
+    options = set(inspect.signature(generate_request).parameters)
+    assert options == set(GenerateOptions.__annotations__)
+    fields = {field.name for field in gateway_pb2.GenerateRequest.DESCRIPTOR.fields}
+    assert options - {"messages"} == fields - {"chat"}
 
 
 def test_one_stop_string_needs_no_list() -> None:
@@ -82,6 +109,21 @@ def test_numpy_integers_are_integers() -> None:
         ({"prompt": "", "top_p": True}, "top_p: must be a number"),
         ({"prompt": "", "temperature": 10**400}, "temperature: must be a number"),
         ({"prompt": "", "ignore_eos": 1}, "ignore_eos: must be True or False"),
+        ({"prompt": "", "min_p": "a"}, "min_p: must be a number"),
+        ({"prompt": "", "repetition_penalty": True}, "repetition_penalty: must be a number"),
+        ({"prompt": "", "presence_penalty": [1]}, "presence_penalty: must be a number"),
+        ({"prompt": "", "frequency_penalty": "x"}, "frequency_penalty: must be a number"),
+        ({"prompt": "", "logit_bias": [(1, 2.0)]}, "logit_bias: must map token ids to numbers, got list"),
+        ({"prompt": "", "logit_bias": {"1": 2.0}}, "logit_bias: a token id: must be an integer, got '1'"),
+        ({"prompt": "", "logit_bias": {-1: 2.0}}, "logit_bias: a token id: must be between 0 and 4294967295, got -1"),
+        ({"prompt": "", "logit_bias": {7: "high"}}, r"logit_bias\[7\]: must be a number, got 'high'"),
+        ({"prompt": "", "bad_words": "word"}, "bad_words: must be a list of strings, got str"),
+        ({"prompt": "", "bad_words": [3]}, "bad_words: must be a string, got int"),
+        ({"prompt": "", "min_tokens": 1.5}, "min_tokens: must be an integer"),
+        ({"prompt": "", "logprobs": True}, "logprobs: must be an integer, got True"),
+        ({"prompt": "", "n": 2.0}, "n: must be an integer, got 2.0"),
+        ({"prompt": "", "draft_nodes": "none"}, "draft_nodes: must be an integer, got 'none'"),
+        ({"prompt": "", "priority": 2**63}, "priority: must be between"),
     ],
 )
 def test_a_wrong_type_or_shape_is_refused_by_name(options: dict[str, Any], message: str) -> None:

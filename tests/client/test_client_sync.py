@@ -49,7 +49,10 @@ def test_complete_returns_everything(client: Client, gateway: ScriptedGateway) -
     assert (result.usage.prompt_tokens, result.usage.completion_tokens) == (7, 3)
     assert (result.speculation.target_forwards, result.speculation.drafted, result.speculation.accepted) == (4, 20, 6)
     assert result.speculation.acceptance_length == 2.5
-    assert (result.seed, result.failovers) == (3, 1)
+    assert (result.seed, result.failovers, result.preemptions) == (3, 1, 2)
+    assert result.logprobs == ()
+    (sample,) = result.samples
+    assert (sample.text, sample.token_ids, sample.finish_reason) == ("abc.", (97, 98, 99), "stop")
     assert 0 < result.time_to_first_token_s <= result.duration_s < 10
     (request,) = gateway.requests
     assert (request.prompt, request.max_tokens, request.seed) == ("abc", 5, 3)
@@ -62,6 +65,50 @@ def test_a_result_is_fit_for_json(client: Client) -> None:
     assert values["finish_reason"] == "stop"
     assert values["usage"] == {"prompt_tokens": 7, "completion_tokens": 2}
     assert values["speculation"]["acceptance_length"] == 2.5
+
+
+def test_samples(client: Client, gateway: ScriptedGateway) -> None:
+    stream = client.generate(prompt="ab", n=3, seed=3)
+    parts = [(chunk.sample, chunk.text) for chunk in stream]
+    assert parts == [(0, "a"), (1, "b"), (2, "c"), (0, "b"), (1, "c"), (2, "d"), (2, "."), (1, "."), (0, ".")]
+    result = stream.result
+    assert [sample.text for sample in result.samples] == ["ab.", "bc.", "cd."]
+    assert [sample.token_ids for sample in result.samples] == [(97, 98), (98, 99), (99, 100)]
+    assert (result.text, result.token_ids) == ("ab.", (97, 98))  # sample 0's
+    assert (result.usage.prompt_tokens, result.usage.completion_tokens) == (7, 6)  # the prompt was computed once
+    assert (result.speculation.target_forwards, result.samples[0].speculation.target_forwards) == (12, 4)
+    assert (result.failovers, result.preemptions, result.seed) == (3, 6, 3)
+    assert gateway.requests[0].n == 3
+
+
+def test_the_result_waits_for_every_sample(client: Client) -> None:
+    stream = client.generate(prompt="a", n=2)
+    reasons = []
+    for chunk in stream:
+        if not reasons:
+            with pytest.raises(RuntimeError, match="not come to its end"):
+                _ = stream.result
+        if chunk.finish_reason:
+            reasons.append((chunk.sample, chunk.finish_reason))
+    assert reasons == [(1, "stop"), (0, "stop")]
+
+
+def test_logprobs(client: Client) -> None:
+    stream = client.generate(prompt="ab", logprobs=2, n=2)
+    assert [len(chunk.logprobs) for chunk in stream] == [1, 1, 1, 1, 0, 0]
+    expected = tuple(
+        sdk.TokenLogprobs(-position - 0.5, ((token_id, -position), (token_id + 1, -position - 0.25)))
+        for position, token_id in enumerate((97, 98))
+    )
+    assert stream.result.logprobs == stream.result.samples[0].logprobs == expected
+    assert stream.result.samples[1].logprobs[0].top[0] == (98, 0)
+    chosen_only = client.complete(prompt="ab", logprobs=0)
+    assert chosen_only.logprobs == (sdk.TokenLogprobs(-0.5), sdk.TokenLogprobs(-1.5))
+    values = json.loads(json.dumps(stream.result.to_dict()))
+    assert values["logprobs"][1] == {"logprob": -1.5, "top": [[98, -1.0], [99, -1.25]]}
+    assert values["samples"][1]["token_ids"] == [98, 99]
+    assert values["samples"][1]["finish_reason"] == "stop"
+    assert values["samples"][1]["speculation"]["acceptance_length"] == 2.5
 
 
 def test_generate_streams(client: Client) -> None:
@@ -151,10 +198,21 @@ def test_a_message_too_large_is_the_requests_fault(client: Client) -> None:
         client.complete(prompt="x" * (9 * 1024 * 1024))
 
 
-@pytest.mark.parametrize("prompt", ["!unfinished", "!unknown reason"])
-def test_a_server_that_breaks_the_contract(client: Client, prompt: str) -> None:
+@pytest.mark.parametrize("prompt", ["!unfinished", "!unknown reason", "!torn", "!stray sample"])
+def test_a_server_that_breaks_the_contract(client: Client, gateway: ScriptedGateway, prompt: str) -> None:
     with pytest.raises(sdk.ServerError):
-        client.complete(prompt=prompt)
+        client.complete(prompt=prompt, logprobs=1)
+    gateway.cancelled.acquire(timeout=0.5)  # of what was still to come, if anything was
+
+
+def test_a_sample_that_the_server_forgets(client: Client) -> None:
+    with pytest.raises(sdk.ServerError, match="without a result"):
+        client.complete(prompt="!unfinished", n=2)
+
+
+def test_a_number_of_samples_that_only_the_gateway_can_refuse(client: Client) -> None:
+    with pytest.raises(sdk.InvalidRequestError):
+        client.complete(prompt="!CODE INVALID_ARGUMENT", n=2**62)
 
 
 def test_nobody_there() -> None:
