@@ -18,6 +18,7 @@ from branchline.core import (
     TokenLogprobs,
 )
 from branchline.engine.decode import Allocation, DecodeRunner, StepResult
+from branchline.engine.grammar import Grammar
 from branchline.engine.models.protocol import Models
 from branchline.engine.prefill import PrefillRunner, PrefillTask
 from branchline.engine.tree import TreeTopology
@@ -53,20 +54,31 @@ class Pipeline:
         self.prefill = PrefillRunner(models, engine, tree)
         self.decode = DecodeRunner(models, engine, tree, **decode)
 
-    def hand_off(self, request: Request, ship_draft: bool = True, rank: float = 0.0) -> HandedOff:
+    def hand_off(
+        self, request: Request, ship_draft: bool = True, rank: float = 0.0, grammar: Grammar | None = None
+    ) -> HandedOff:
         """Prefills, and starts decoding unless the first token ends the request."""
-        (sample,) = self.hand_off_samples(request, 1, ship_draft, rank)
+        (sample,) = self.hand_off_samples(request, 1, ship_draft, rank, grammar)
         return sample
 
     def hand_off_samples(
-        self, request: Request, samples: int, ship_draft: bool = True, rank: float = 0.0
+        self,
+        request: Request,
+        samples: int,
+        ship_draft: bool = True,
+        rank: float = 0.0,
+        grammar: Grammar | None = None,
     ) -> list[HandedOff]:
-        """As `hand_off`, for samples that share the prompt's blocks."""
+        """As `hand_off`, for samples that share the prompt's blocks; a grammar serves one sample."""
+        assert grammar is None or samples == 1
         group = self.decode.allocate(len(request.context), request.max_length, samples, rank)
         task = self.prefill.begin(request, samples)
         while not task.done:
             self._ship(task, group[0], KvPart.TARGET, self.prefill.advance(task))
-        firsts = [self.prefill.first_token(task, sample) for sample in range(samples)]
+        allowed = None if grammar is None else grammar.allowed(())
+        firsts = [self.prefill.first_token(task, sample, allowed) for sample in range(samples)]
+        if grammar is not None:
+            grammar.advance((firsts[0].token_id,))
         has_draft_kv = ship_draft and self.prefill.draft_kv is not None
         trees = []
         context = len(request.context)
@@ -81,7 +93,7 @@ class Pipeline:
             sampling = dataclasses.replace(request.sampling, sample_index=request.sampling.sample_index + index)
             sample_request = dataclasses.replace(request, sampling=sampling)
             if first.finish is None:
-                self.decode.start(allocation, sample_request, first.token_id, tree, has_draft_kv)
+                self.decode.start(allocation, sample_request, first.token_id, tree, has_draft_kv, grammar)
             entry = HandedOff(allocation, sample_request, first.token_id, tree, first.finish, first.logprobs)
             handed_off.append(entry)
         return handed_off

@@ -14,6 +14,7 @@ import torch
 from branchline.core import Request
 from branchline.engine.blocks import OutOfBlocksError
 from branchline.engine.cache import slots_of
+from branchline.engine.grammar import Grammar
 from branchline.engine.sequence import KvCaches
 
 
@@ -34,14 +35,16 @@ class Allocation:
     group: list[Allocation] = field(default_factory=list, repr=False)
     shared: bool = False
     request: Request | None = None
+    grammar: Grammar | None = field(default=None, repr=False)
     running: bool = False
     length: int = 0
     budget: int = 0
     drafted: int = 0
     released: bool = False
 
-    def start(self, request: Request, budget: int, drafted: int) -> None:
+    def start(self, request: Request, budget: int, drafted: int, grammar: Grammar | None) -> None:
         self.request, self.budget, self.drafted, self.running = request, budget, drafted, True
+        self.grammar = grammar
         self.length = self.context_length
 
     def leave(self) -> None:
@@ -77,10 +80,9 @@ class Allocations:
     def can_allocate(self, context_length: int, samples: int, without: Collection[Allocation] = ()) -> bool:
         """Whether it fits now, or would `without` some of the live ones, leaving a block for each live sequence to
         grow, lest it is preempted at once."""
-        staying = [allocation for allocation in self.live if allocation not in without]
-        held = {block for allocation in staying for block in allocation.blocks}
-        enough = self._blocks(context_length, samples) + len(staying) <= self._pool.total - len(held)
-        return samples <= self._slots - len(staying) and enough
+        staying = len(self.live) - len(without)
+        free = self._pool.free + self._pool.freed_by(allocation.blocks for allocation in without)
+        return samples <= self._slots - staying and self._blocks(context_length, samples) + staying <= free
 
     def allocate(
         self, context_length: int, max_length: int, samples: int, rank: float, priority: int
@@ -117,7 +119,7 @@ class Allocations:
                 source = slots_of(self.block_tables[first.slot][None], positions, size)
                 target = slots_of(self.block_tables[other.slot][None], positions, size)
                 for cache in filter(None, (self._caches.target, self._caches.draft)):
-                    cache.move(source.reshape(-1), target.reshape(-1))
+                    cache.move(source, target)
         for allocation in group:
             allocation.shared = True
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 
@@ -20,8 +19,10 @@ from branchline.engine.blocks import BlockPool
 from branchline.engine.draft import TreeDrafter
 from branchline.engine.execute import Executor, executor_for
 from branchline.engine.flight import Landing
+from branchline.engine.grammar import Grammar
 from branchline.engine.iteration import DecodeIteration
 from branchline.engine.models.protocol import KvGeometry, Models
+from branchline.engine.programs import Batch, execute
 from branchline.engine.sampling import SamplingVariant
 from branchline.engine.sequence import KvCaches, check_token_ids
 from branchline.engine.state import BatchState, Start
@@ -158,11 +159,18 @@ class DecodeRunner:
         self._allocations.share_context(group)
 
     def start(
-        self, allocation: Allocation, request: Request, first_token: int, tree: DraftTree, has_draft_kv: bool
+        self,
+        allocation: Allocation,
+        request: Request,
+        first_token: int,
+        tree: DraftTree,
+        has_draft_kv: bool,
+        grammar: Grammar | None = None,
     ) -> None:
         """Joins the batch from the next step on. The target's KV of the whole context is in the cache; draft rows
         1 … context length too if `has_draft_kv`, else the drafter starts cold. The tree is cut to what fits this
-        worker's own. Raises InvalidRequestError when the request doesn't fit the allocation."""
+        worker's own. `grammar` has advanced over `first_token`. Raises InvalidRequestError when the request doesn't fit
+        the allocation."""
         assert not allocation.released
         assert not allocation.running
         context = len(request.context)
@@ -177,7 +185,7 @@ class DecodeRunner:
         tree = fitting(tree, budget, self.tree.cut(budget).depth)
         draft_start = 1 if has_draft_kv else context + 1
         self.state.load(allocation.slot, Start(request, first_token, tree, budget, draft_start, remaining))
-        allocation.start(request, budget, len(tree))
+        allocation.start(request, budget, len(tree), grammar)
         self._running.append(allocation)
 
     def step(self) -> Step:
@@ -191,11 +199,16 @@ class DecodeRunner:
         preempted = self._allocations.grow(self._running)
         for allocation in preempted:
             self.release(allocation)
-        landed = self._flight
-        self._flight = self._launch() if self._running else None
-        if not self._pipelined:
-            landed, self._flight = self._flight, None
-        return Step(self._collect(landed) if landed else [], preempted)
+        landed, self._flight = self._flight, None
+        results: list[StepResult] = []
+        if landed is not None and any(allocation.grammar for allocation in self._running):
+            results, landed = self._collect(landed), None  # a grammar must know the tokens before it can go on
+        launched = self._launch() if self._running else None
+        if self._pipelined:
+            self._flight = launched
+        else:
+            landed = launched
+        return Step(results + (self._collect(landed) if landed else []), preempted)
 
     def release(self, allocation: Allocation) -> None:
         """Leaves the batch if it is in it, and frees blocks and slot. Idempotent."""
@@ -211,9 +224,9 @@ class DecodeRunner:
         variant = SamplingVariant.of(requests)
         slots = self._bucket([allocation.slot for allocation in batch])
         block_table = self._allocations.block_tables.index_select(0, slots)[:, : self._width(batch)]
-        key = (iteration.nodes, *block_table.shape, variant)
+        grammars = {row: allocation.grammar for row, allocation in enumerate(batch) if allocation.grammar is not None}
         iteration.observe("launch")
-        emission = self._executor(key, partial(iteration.run, variant=variant), slots, block_table)
+        emission = execute(self._executor, iteration, Batch(slots, block_table, variant, grammars))
         rows = []
         for allocation in batch:
             rows.append((allocation, allocation.drafted))
@@ -230,6 +243,8 @@ class DecodeRunner:
                 continue
             results.append(StepResult(allocation, row.token_ids, row.finish, drafted, row.logprobs))
             allocation.length += len(row.token_ids)
+            if allocation.grammar is not None:
+                allocation.grammar.advance(row.token_ids)
             if row.finish is not None:
                 self._leave(allocation)
         return results

@@ -21,16 +21,15 @@ class Row:
     logprobs: tuple[TokenLogprobs, ...]
 
 
-class Landing:
-    """Copies an emission to pinned host memory behind the iteration on its stream; `rows` waits for that copy alone.
+class HostCopy:
+    """Copies tensors to pinned host memory, asynchronously and in their stream's order; `wait` waits for that copy.
 
-    On the CPU the iteration is over when its call returns, and nothing is copied.
+    Tensors that are on the host are handed through.
     """
 
-    def __init__(self, emission: Emission) -> None:
-        tensors = emission.tensors()
+    def __init__(self, tensors: tuple[torch.Tensor, ...]) -> None:
         self._event: torch.cuda.Event | None = None
-        if emission.count.is_cuda:
+        if tensors[0].is_cuda:
             tensors = tuple(
                 torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors
             )
@@ -38,12 +37,22 @@ class Landing:
             self._event.record()
         self._tensors = tensors
 
+    def wait(self) -> tuple[torch.Tensor, ...]:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tensors
+
+
+class Landing:
+    """An emission on its way to the host."""
+
+    def __init__(self, emission: Emission) -> None:
+        self._copy = HostCopy(emission.tensors)
+
     def rows(self, wanted: list[int | None]) -> list[Row]:
         """The first rows of the batch. `wanted[i]`: how many of the likeliest tokens' log-probabilities row i reports;
         None for none at all."""
-        if self._event is not None:
-            self._event.synchronize()
-        token_ids, counts, finishes, *logprobs = (tensor.tolist() for tensor in self._tensors)
+        token_ids, counts, finishes, *logprobs = (tensor.tolist() for tensor in self._copy.wait())
         rows = []
         for index, top in enumerate(wanted):
             count = counts[index]

@@ -7,6 +7,7 @@ that one trace or one CUDA graph serves every iteration of that kind.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -38,6 +39,7 @@ class Emission:
     finish: torch.Tensor
     logprobs: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
 
+    @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return (self.token_ids, self.count, self.finish, *(self.logprobs or ()))
 
@@ -51,6 +53,10 @@ class Verified:
     parents: torch.Tensor
     logits: torch.Tensor
     auxiliary: torch.Tensor | None
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.tokens, self.parents, self.logits, *(() if self.auxiliary is None else (self.auxiliary,)))
 
 
 @dataclass(frozen=True)
@@ -89,11 +95,45 @@ class DecodeIteration:
         self._step = torch.arange(tree.depth + 1, device=device)
 
     def run(self, slots: torch.Tensor, block_table: torch.Tensor, variant: SamplingVariant) -> Emission:
-        """slots int64 `[batch]`: rows of the state; block_table int64 `[batch, width]`, wide enough for each row's
-        length, an accepted path and a tree behind it."""
+        """The whole iteration.
+
+        slots int64 `[batch]`: rows of the state; block_table int64 `[batch, width]`, wide enough for each row's length,
+        an accepted path and a tree behind it.
+        """
         rows = self.state.select(slots, self.nodes, variant)
-        verified = self._verify(rows, block_table)
-        self.observe("verify")
+        return self._advance(slots, rows, self._verify(rows, block_table), block_table, variant)
+
+    def verify(self, slots: torch.Tensor, block_table: torch.Tensor) -> Verified:
+        """The first half: one target forward over every node."""
+        return self._verify(self.state.select(slots, self.nodes, SamplingVariant()), block_table)
+
+    def trees(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The trees that will be verified: tokens and parents int64 `[batch, nodes]`, the root's included."""
+        return _with_root(self.state.select(slots, self.nodes, SamplingVariant()))
+
+    def advance(
+        self,
+        slots: torch.Tensor,
+        block_table: torch.Tensor,
+        verified: Verified,
+        variant: SamplingVariant,
+        allowed: torch.Tensor,
+    ) -> Emission:
+        """The second half. `allowed` bool `[batch, nodes, vocab]`: which tokens may be chosen at each node; what the
+        host works out while the first half runs."""
+        logits = verified.logits.masked_fill(~allowed, float("-inf"))
+        verified = dataclasses.replace(verified, logits=logits)
+        rows = self.state.select(slots, self.nodes, variant)
+        return self._advance(slots, rows, verified, block_table, variant)
+
+    def _advance(
+        self,
+        slots: torch.Tensor,
+        rows: BatchState,
+        verified: Verified,
+        block_table: torch.Tensor,
+        variant: SamplingVariant,
+    ) -> Emission:
         accepted = self._accept(rows, verified, variant)
         emission = self._emit(rows, verified, accepted, variant)
         length = torch.where(rows.active, rows.length + accepted.length, rows.length)
@@ -115,8 +155,7 @@ class DecodeIteration:
     def _verify(self, rows: BatchState, block_table: torch.Tensor) -> Verified:
         """One target forward over every node: positions by depth, slots by node number, attention by ancestry."""
         batch, nodes = rows.root.shape[0], len(self._node)
-        tokens = torch.cat([rows.root[:, None], rows.tree_tokens], 1)
-        parents = torch.cat([torch.full_like(rows.root, ABSENT)[:, None], rows.tree_parents], 1)
+        tokens, parents = _with_root(rows)
         depths, ancestors = topology_tensors(parents, self.depth)
         positions = (rows.length[:, None] + depths).clamp(max=self.target.spec.max_position - 1)
         no_start = torch.zeros_like(rows.length)
@@ -133,6 +172,7 @@ class DecodeIteration:
         output = self.target.forward(tokens.reshape(-1), positions.reshape(-1), attention)
         logits = self.target.logits(output.hidden).view(batch, nodes, -1)
         auxiliary = None if output.auxiliary is None else output.auxiliary.view(batch, nodes, -1)
+        self.observe("verify")
         return Verified(tokens, parents, logits, auxiliary)
 
     def _accept(self, rows: BatchState, verified: Verified, variant: SamplingVariant) -> Accepted:
@@ -209,6 +249,11 @@ class DecodeIteration:
         self.state.tree_tokens[:, : self.nodes].index_copy_(0, slots, tree.tokens)
         self.state.tree_parents[:, : self.nodes].index_copy_(0, slots, parents)
         self.state.tree_scores[:, : self.nodes].index_copy_(0, slots, tree.scores)
+
+
+def _with_root(rows: BatchState) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.cat([rows.root[:, None], rows.tree_tokens], 1)
+    return tokens, torch.cat([torch.full_like(rows.root, ABSENT)[:, None], rows.tree_parents], 1)
 
 
 def _nobody(_: str) -> None:

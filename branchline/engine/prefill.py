@@ -141,13 +141,15 @@ class PrefillRunner:
         return start, end
 
     @torch.inference_mode()
-    def first_token(self, task: PrefillTask, sample: int = 0) -> FirstChoice:
-        """Chooses a sample's first token, with the same noise as decode would."""
+    def first_token(self, task: PrefillTask, sample: int = 0, allowed: torch.Tensor | None = None) -> FirstChoice:
+        """Chooses a sample's first token, with the same noise as decode would; among the `allowed` ones (bool
+        `[vocab]`) if a grammar says so."""
         assert task.done
         assert task.last_hidden is not None
         rows, variant = self._sampling(task, sample)
         logits = self._models.target.logits(task.last_hidden)
-        chosen = choose_token(logits, self._scalar(task.length), rows, variant)
+        free = logits if allowed is None else logits.masked_fill(~allowed.to(self._device), float("-inf"))
+        chosen = choose_token(free, self._scalar(task.length), rows, variant)
         token_id = task.first_tokens[sample] = int(chosen.item())
         logprobs = None
         if task.request.logprobs is not None:

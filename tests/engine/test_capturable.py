@@ -6,7 +6,7 @@ trace is replayed on other lengths, block tables, topologies and sampling settin
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from branchline.core import Request, SamplingParams
-from branchline.engine.execute import Program
-from branchline.engine.iteration import Emission
+from branchline.engine.execute import Program, Tensors
 from branchline.engine.models.protocol import Models
 from branchline.engine.sampling import SamplingVariant
 
@@ -34,18 +33,19 @@ class TraceExecutor:
     """Traces a program at its first call and replays the trace from then on; an `execute.Executor`."""
 
     def __init__(self, idle_slot: int) -> None:
-        self.traces: dict[Hashable, torch.fx.GraphModule] = {}
+        self.traces: dict[tuple[Any, ...], torch.fx.GraphModule] = {}
         self.replays = 0
         self._idle_slot = idle_slot
 
-    def __call__(self, key: Hashable, program: Program, slots: torch.Tensor, block_table: torch.Tensor) -> Emission:
+    def __call__(self, key: tuple[Any, ...], program: Program, *inputs: torch.Tensor) -> Tensors:
         with torch.inference_mode(False), torch.no_grad():
+            slots, block_table, *others = (tensor.clone() for tensor in inputs)
             if key not in self.traces:
                 idle = torch.full_like(slots, self._idle_slot), torch.zeros_like(block_table)
-                self.traces[key] = make_fx(lambda *inputs: program(*inputs).tensors())(*idle)
-            token_ids, count, finish, *logprobs = self.traces[key](slots.clone(), block_table.clone())
+                self.traces[key] = make_fx(program)(*idle, *others)
+            outputs: Tensors = self.traces[key](slots, block_table, *others)
         self.replays += 1
-        return Emission(token_ids, count, finish, tuple(logprobs) or None)
+        return outputs
 
 
 def requests() -> list[Request]:
