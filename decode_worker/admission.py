@@ -89,11 +89,13 @@ def victims(
     Only holders of strictly lower priority and of a larger rank count: an old request may be behind in priority, but
     its turn has come, and nothing may take it back. `unit` names those that can only go together.
     """
+    lesser = [holder for holder in holders if holder.priority < head.priority and holder.rank > head.rank]
+    if not lesser or not fits_without(lesser):
+        return []
     chosen: list[H] = []
-    for holder in sorted(holders, key=lambda one: one.rank, reverse=True):
-        if holder.priority >= head.priority or holder.rank <= head.rank or holder in chosen:
-            continue
-        chosen += unit(holder)
-        if fits_without(chosen):
-            return chosen
-    return []
+    for holder in sorted(lesser, key=lambda one: one.rank, reverse=True):
+        if holder not in chosen:
+            chosen += unit(holder)
+            if fits_without(chosen):
+                break
+    return chosen

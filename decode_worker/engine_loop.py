@@ -152,6 +152,7 @@ class DecodeLoop:
         try:
             step = self.runner.step()
         except Exception as error:
+            released = True
             self._failures += 1
             logger.exception("step failed with %d running sequences", len(self._running))
             self._give_up_running(f"the decode step failed: {type(error).__name__}")
@@ -159,10 +160,12 @@ class DecodeLoop:
                 raise
         else:
             self._failures = 0
+            released = bool(step.preempted) or any(result.finish for result in step.results)
             if step.preempted:
                 self._preempted(step.preempted)
             self.listener(Stepped(tuple(map(self._progress, step.results))))
-        self._admit()
+        if released:  # else there is less room than before: sequences only grow
+            self._admit()
         return True
 
     def _admit(self) -> None:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from collections.abc import Callable
 
 import grpc
 
-from branchline.engine.thread import EngineStoppedError, EngineThread
+from branchline.engine.thread import EngineThread
 from branchline.wire.status import RpcFailure
 from decode_worker.admission import Reservation
 from decode_worker.arrived import Arrived, SampleArrival
 from decode_worker.engine_loop import DecodeLoop
 from decode_worker.leases import Lease, LeaseEndedError, LeaseState, LeaseTable, UnknownLeaseError
-from decode_worker.reservations import Ask
+from decode_worker.reservations import Ask, on_freed
 from decode_worker.session import Aborted, Ending, Finish, Preempted, SampleGroup, Session
-
-logger = logging.getLogger(__name__)
 
 
 class LiveSessions:
@@ -92,16 +88,10 @@ class LiveSessions:
         session.events.put_nowait(ending)
         self.table.end(lease, state, reason, preempted=isinstance(ending, Preempted))
         del self._sessions[lease.lease_id]
-        self._thread.submit(self._engine.release, lease.lease_id).add_done_callback(_on_released)
+        self._thread.submit(self._engine.release, lease.lease_id).add_done_callback(on_freed)
         session.log(state.value, f"tokens={session.next_output} reason={reason!r}")
         if session.sample == 0:
             group.end_handoff(f"lease {lease.lease_id} has ended: {reason}")
             if not group.complete:
                 for member in group.live:
                     self.end(member, ending)
-
-
-def _on_released(released: asyncio.Future[None]) -> None:
-    error = None if released.cancelled() else released.exception()
-    if error is not None and not isinstance(error, EngineStoppedError):
-        logger.error("release failed", exc_info=error)

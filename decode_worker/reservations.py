@@ -8,6 +8,7 @@ it is granted: then its leases end, or what was granted without anybody hearing 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,11 +16,13 @@ import grpc
 
 from branchline.core import MAX_PRIORITY, MAX_SAMPLES, InvalidRequestError
 from branchline.engine.blocks import OutOfBlocksError
-from branchline.engine.thread import EngineThread
+from branchline.engine.thread import EngineStoppedError, EngineThread
 from branchline.wire.status import RpcFailure
 from decode_worker.admission import Reservation, rank_of
 from decode_worker.engine_loop import DecodeLoop
 from decode_worker.leases import Lease
+
+logger = logging.getLogger(__name__)
 
 #: Seconds that one call waits at most. A caller that wants to wait longer calls again: its age counts.
 MAX_WAIT_S = 60.0
@@ -148,10 +151,11 @@ class Reservations:
                 self._aborted(lease.lease_id, reason)
             return
         leases.cancel()
-        self._thread.submit(self._engine.withdraw, waiting.reservation).add_done_callback(_seen)
+        self._thread.submit(self._engine.withdraw, waiting.reservation).add_done_callback(on_freed)
 
 
-def _seen(withdrawn: asyncio.Future[None]) -> None:
-    """An engine that has stopped has released everything."""
-    if not withdrawn.cancelled():
-        withdrawn.exception()
+def on_freed(freed: asyncio.Future[None]) -> None:
+    """Sees to errors of a command that frees blocks. An engine that has stopped has freed everything."""
+    error = None if freed.cancelled() else freed.exception()
+    if error is not None and not isinstance(error, EngineStoppedError):
+        logger.error("blocks could not be freed", exc_info=error)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+
 #: Block 0 belongs to nobody: padding and inactive slots read and write there.
 NULL_BLOCK = 0
 
@@ -57,6 +60,11 @@ class BlockPool:
             if self._holders[block] == 0:
                 del self._holders[block]
                 self._free.append(block)
+
+    def freed_by(self, sequences: Iterable[list[int]]) -> int:
+        """Blocks that would be free if these holders released theirs."""
+        counts = Counter(block for blocks in sequences for block in blocks)
+        return sum(self._holders[block] == count for block, count in counts.items())
 
     def check_integrity(self) -> None:
         """Every block is free or held, none both, the null block neither."""

@@ -133,7 +133,7 @@ def test_whatever_happens_the_books_agree_and_nobody_starves(models: Models) -> 
     run_state_machine_as_test(
         lambda: SchedulingMachine(models),
         settings=settings(
-            max_examples=25, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+            max_examples=50, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
         ),
     )
 
