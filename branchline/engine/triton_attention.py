@@ -173,10 +173,10 @@ def _dense_heads(x: torch.Tensor) -> torch.Tensor:
 
 
 def _product_type(query: torch.Tensor) -> tl.dtype:
-    """Triton's interpreter, which is where CPU tensors come from, can't multiply bfloat16."""
-    if query.dtype is torch.float16:
-        return tl.float16
-    return tl.bfloat16 if query.dtype is torch.bfloat16 and query.is_cuda else tl.float32
+    """The type that the kernel multiplies. Triton's interpreter can't multiply bfloat16."""
+    if query.dtype is torch.bfloat16:
+        return tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16
+    return tl.float16 if query.dtype is torch.float16 else tl.float32
 
 
 def _by_sequence(tensor: torch.Tensor, stride: int) -> int:

@@ -126,6 +126,7 @@ def attend_split(
     oldest = tl.load(start + sequence).to(tl.int32)
     mask_row = sequence * mask_stride + number
     end = length + tl.max(tl.load(reach + mask_row, mask=real, other=0), 0)
+    end = tl.minimum(end, width * block_size)
     first = oldest
     depth_m = tl.zeros([block_m], tl.int32)
     if windowed:

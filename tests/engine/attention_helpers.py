@@ -98,6 +98,7 @@ class Problem:
         position = base + len(path) - 1
         seen = [(place, place) for place in range(self.starts[row], base)]
         seen += [(base + len(path_to(parents, node)) - 1, base + node) for node in path]
+        seen = [(at, place) for at, place in seen if place < self.table.shape[1] * self.shape.block_size]
         return [place for at, place in seen if window is None or at > position - window]
 
     def answer(self, storage: torch.Tensor, layer: int) -> torch.Tensor:
@@ -140,3 +141,12 @@ def check(shape: Shape, device: torch.device) -> None:
     assert attended.dtype == shape.dtype
     tolerance = TOLERANCE[shape.dtype]
     torch.testing.assert_close(attended.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+def check_narrow_table(device: torch.device) -> None:
+    """Nodes for which the block table has no room see what lies within it, and read nobody else's memory."""
+    problem = Problem(Shape(bases=(6,), nodes=5, block_size=4), device)
+    problem.table = problem.table[:, :2]
+    expected = problem.answer(problem.cache.storage, layer=0)
+    attended = problem.attention(keep=[False]).attend(0, problem.query, problem.key, problem.value)
+    torch.testing.assert_close(attended.double(), expected, atol=1e-5, rtol=1e-5)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_helpers import Problem, Shape, check
+from attention_helpers import Problem, Shape, check, check_narrow_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -44,6 +44,10 @@ def test_a_drafting_level_sees_its_ancestors_in_the_cache(window: int | None) ->
 @pytest.mark.parametrize("window", [None, 50])
 def test_a_chunk_of_a_prompt(window: int | None) -> None:
     check(Shape(bases=(33,), nodes=130, tree="chain", block_size=16, window=window), CPU)
+
+
+def test_rows_beyond_the_block_table_do_not_exist() -> None:
+    check_narrow_table(CPU)
 
 
 def test_rows_that_are_not_kept_go_to_the_null_block() -> None:
