@@ -19,6 +19,7 @@ from branchline.client import (
     ServerInfo,
     UnavailableError,
 )
+from cluster.options import options_from, sample_options_from
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_UNAVAILABLE, EXIT_DEADLINE, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 130
 
@@ -57,24 +58,27 @@ def exit_code(error: BranchlineError) -> int:
 
 def generate(client: Client, arguments: argparse.Namespace) -> int:
     prompt = _standard_input() if arguments.prompt == "-" else arguments.prompt
-    options = _options(arguments)
+    options = options_from(arguments)
+    options.update(sample_options_from(arguments))
     if arguments.chat or arguments.system is not None:
         options["messages"] = [*_system(arguments.system), {"role": "user", "content": prompt}]
     else:
         options["prompt"] = prompt
-    if not arguments.json:
+    if arguments.json:
+        result = client.complete(timeout=arguments.timeout, **options)
+        print(json.dumps(completion_object(result), ensure_ascii=False))
+    elif arguments.n is None or arguments.n == 1:
         stream(client, options, arguments.timeout)
         print()
-        return EXIT_OK
-    result = client.complete(timeout=arguments.timeout, **options)
-    print(json.dumps(completion_object(result), ensure_ascii=False))
+    else:
+        print_samples(client, options, arguments.timeout)
     return EXIT_OK
 
 
 def chat(client: Client, arguments: argparse.Namespace) -> int:
     """A loop of question and answer. Ctrl-C ends the answer, and at the prompt the loop."""
     history: list[dict[str, str]] = _system(arguments.system)
-    options = _options(arguments)
+    options = options_from(arguments)
     while True:
         try:
             line = input("> ")
@@ -122,6 +126,16 @@ def stream(
         return chunks.result
 
 
+def print_samples(client: Client, options: GenerateOptions, timeout: float | None) -> None:
+    """Prints each sample when it is finished, headed by its number."""
+    texts: dict[int, str] = {}
+    with client.generate(timeout=timeout, **options) as chunks:
+        for chunk in chunks:
+            texts[chunk.sample] = texts.get(chunk.sample, "") + chunk.text
+            if chunk.finish_reason:
+                print(f"--- sample {chunk.sample} ---\n{texts.pop(chunk.sample)}", flush=True)
+
+
 def completion_object(result: Completion) -> dict[str, Any]:
     """What --json prints."""
     values = result.to_dict()
@@ -149,18 +163,6 @@ def info_table(answer: ServerInfo) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([head, *lines])
-
-
-def _options(arguments: argparse.Namespace) -> GenerateOptions:
-    return GenerateOptions(
-        max_tokens=arguments.max_tokens,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        top_k=arguments.top_k,
-        seed=arguments.seed,
-        stop=arguments.stop,
-        ignore_eos=arguments.ignore_eos,
-    )
 
 
 def _system(text: str | None) -> list[dict[str, str]]:

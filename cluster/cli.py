@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from cluster.flags import add_model_flags, add_serve_flags
+    from cluster.options import add_option_flags, add_sample_flags
 
     parser = _with_exit_codes(
         argparse.ArgumentParser(prog="branchline", description="Disaggregated LLM serving with tree speculation.")
@@ -46,14 +47,15 @@ def _parser() -> argparse.ArgumentParser:
     generate = _command(commands, "generate", "complete one prompt, streaming the text")
     generate.add_argument("prompt", metavar="PROMPT", help="the prompt, or - to read it from standard input")
     _add_target(generate)
-    _add_options(generate)
+    add_option_flags(generate)
+    add_sample_flags(generate)
     generate.add_argument("--chat", action="store_true", help="send the prompt as a user's message of a chat")
     generate.add_argument("--system", metavar="TEXT", help="the chat's system message; implies --chat")
     generate.add_argument("--json", action="store_true", help="print one JSON object at the end, not the text")
 
     chat = _command(commands, "chat", "talk with the model; /reset starts anew, /exit ends")
     _add_target(chat)
-    _add_options(chat)
+    add_option_flags(chat)
     chat.add_argument("--system", metavar="TEXT", help="the system message")
 
     info = _command(commands, "info", "what is being served, and the load now")
@@ -90,17 +92,6 @@ def _with_exit_codes(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
 def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", required=True, metavar="HOST:PORT", help="the gateway")
     parser.add_argument("--timeout", type=float, metavar="S", help="seconds that a call may take")
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--max-tokens", type=int, metavar="N", help="default: what the context leaves")
-    add("--temperature", type=float, metavar="T", help="0, the default, is greedy")
-    add("--top-p", type=float, metavar="P")
-    add("--top-k", type=int, metavar="K")
-    add("--seed", type=int, metavar="S", help="the same seed gives the same text")
-    add("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
-    add("--ignore-eos", action="store_true", help="go on past the model's end-of-sequence tokens")
 
 
 if __name__ == "__main__":

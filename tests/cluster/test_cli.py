@@ -35,16 +35,24 @@ class Script(gateway_pb2_grpc.GatewayServiceServicer):
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "no room")
         if request.prompt == "slow":
             context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "too slow")
+        samples = range(request.n or 1)
         for number, text in enumerate(("Hé", "llo", "!")):
-            yield gateway_pb2.GenerateResponse(text=text, token_ids=[number])
-        yield gateway_pb2.GenerateResponse(
-            finished=gateway_pb2.Completion(
-                finish_reason=types_pb2.FINISH_REASON_STOP,
-                usage=gateway_pb2.Usage(prompt_tokens=4, completion_tokens=3),
-                speculation=types_pb2.Speculation(target_forwards=1, drafted=8, accepted=1),
-                seed=7,
+            for sample in samples:
+                response = gateway_pb2.GenerateResponse(sample=sample, text=text, token_ids=[number + 10 * sample])
+                if request.HasField("logprobs"):
+                    response.logprobs.add(logprob=-0.5, top_token_ids=[number], top_logprobs=[-0.25])
+                yield response
+        for sample in reversed(samples):
+            yield gateway_pb2.GenerateResponse(
+                sample=sample,
+                text=f" ({sample})" if sample else "",
+                finished=gateway_pb2.Completion(
+                    finish_reason=types_pb2.FINISH_REASON_STOP,
+                    usage=gateway_pb2.Usage(prompt_tokens=4, completion_tokens=3),
+                    speculation=types_pb2.Speculation(target_forwards=1, drafted=8, accepted=1),
+                    seed=7,
+                ),
             )
-        )
 
     def GetInfo(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: ARG002, N802 - gRPC's name
         worker = gateway_pb2.WorkerInfo(
@@ -139,6 +147,82 @@ def test_generate_streams_text(script: tuple[Script, str], capsys: pytest.Captur
     assert not request.ignore_eos
 
 
+def test_every_option_has_its_flag(script: tuple[Script, str]) -> None:
+    servicer, target = script
+    flags = [
+        *("--min-p", "0.1", "--repetition-penalty", "1.5", "--presence-penalty", "0.25", "--frequency-penalty", "-0.5"),
+        *("--logit-bias", "7=-1.5", "--logit-bias", "9=100", "--bad-word", "a b", "--bad-word", "c"),
+        *("--min-tokens", "2", "--draft-nodes", "0", "--priority", "-3"),
+    ]
+    assert main(["generate", "--target", target, "Say hello", *flags, "--json", "--logprobs", "0", "--n", "2"]) == 0
+    (request,) = servicer.requests
+    expected = gateway_pb2.GenerateRequest(
+        prompt="Say hello",
+        min_p=0.1,
+        repetition_penalty=1.5,
+        presence_penalty=0.25,
+        frequency_penalty=-0.5,
+        logit_bias=[types_pb2.LogitBias(token_id=7, bias=-1.5), types_pb2.LogitBias(token_id=9, bias=100)],
+        bad_words=["a b", "c"],
+        min_tokens=2,
+        draft_nodes=0,
+        priority=-3,
+        logprobs=0,
+        n=2,
+    )
+    assert request == expected
+
+
+def test_chat_takes_the_options(script: tuple[Script, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    servicer, target = script
+    typed = iter(["One", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda _prompt: next(typed))
+    assert main(["chat", "--target", target, "--min-p", "0.1", "--priority", "4", "--logit-bias", "7=1"]) == 0
+    (request,) = servicer.requests
+    assert (request.min_p, request.priority, request.logit_bias[0].token_id) == (0.1, 4, 7)
+
+
+@pytest.mark.parametrize("bias", ["7", "x=1", "7=y", "=1", "7="])
+def test_a_bias_that_is_none(capsys: pytest.CaptureFixture[str], bias: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", "--target", "127.0.0.1:1", "hi", "--logit-bias", bias])
+    assert caught.value.code == 2
+    assert "argument --logit-bias: must be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--logit-bias", "7=1", "--logit-bias", "7=2"], "--logit-bias: a token is named twice"),
+        (["--logprobs", "2"], "--logprobs: only --json shows them"),
+        (["--logit-bias=-1=2"], "logit_bias: a token id: must be between 0"),
+    ],
+)
+def test_flags_that_contradict_are_refused(
+    script: tuple[Script, str], capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    servicer, target = script
+    assert main(["generate", "--target", target, "hi", *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert servicer.requests == []
+
+
+def test_samples_are_printed_when_they_are_finished(
+    script: tuple[Script, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "--target", script[1], "--n", "2", "Say hello"]) == 0
+    assert capsys.readouterr().out == "--- sample 1 ---\nHéllo! (1)\n--- sample 0 ---\nHéllo!\n"
+
+
+def test_json_carries_samples_and_logprobs(script: tuple[Script, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--target", script[1], "--json", "--n", "2", "--logprobs", "1", "Say hello"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [sample["text"] for sample in answer["samples"]] == ["Héllo!", "Héllo! (1)"]
+    assert answer["text"] == "Héllo!"
+    assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 6}
+    assert answer["samples"][1]["logprobs"][2] == {"logprob": -0.5, "top": [[2, -0.25]]}
+
+
 def test_unset_options_stay_unset(script: tuple[Script, str]) -> None:
     servicer, target = script
     assert main(["generate", "--target", target, "Say hello", "--ignore-eos"]) == 0
@@ -149,15 +233,17 @@ def test_generate_json(script: tuple[Script, str], capsys: pytest.CaptureFixture
     assert main(["generate", "--target", script[1], "--json", "Say hello"]) == 0
     answer = json.loads(capsys.readouterr().out)
     timing = answer.pop("timing")
-    assert answer == {
+    sample = {
         "text": "Héllo!",
         "token_ids": [0, 1, 2],
         "finish_reason": "stop",
-        "usage": {"prompt_tokens": 4, "completion_tokens": 3},
+        "logprobs": [],
         "speculation": {"target_forwards": 1, "drafted": 8, "accepted": 1, "acceptance_length": 2.0},
-        "seed": 7,
         "failovers": 0,
+        "preemptions": 0,
     }
+    usage = {"prompt_tokens": 4, "completion_tokens": 3}
+    assert answer == {**sample, "usage": usage, "seed": 7, "samples": [sample]}
     assert 0 < timing["time_to_first_token_s"] <= timing["duration_s"]
 
 
