@@ -31,7 +31,7 @@ def gumbel_noise(keys: torch.Tensor, positions: torch.Tensor, token_ids: torch.T
     bits = _mix_(streams[:, :, None] + (token_ids + 1).mul_(_GOLDEN))
     # 53 bits make a uniform number; float32 keeps the leading 24 that are not zero. -log(1 - u) is fine where u is
     # small, and that is where the large noise comes from, which decides: it is exact up to -log(2**-54), about 37.
-    uniform = _shift_right_(bits, 11).float().add_(0.5).mul_(2.0**-53).clamp_(max=_BELOW_ONE)
+    uniform = _shift_right(bits, 11, bits).float().add_(0.5).mul_(2.0**-53).clamp_(max=_BELOW_ONE)
     exponential = uniform.neg_().log1p_().neg_()
     return exponential.log_().neg_()
 
@@ -40,11 +40,11 @@ def _mix_(value: torch.Tensor) -> torch.Tensor:
     """The finaliser of splitmix64 (Steele, Lea, Flood 2014) on int64, wrapping. In place, with one scratch tensor: new
     memory for every step would cost more than the arithmetic."""
     shifted = torch.empty_like(value)
-    value.bitwise_xor_(_shift_right_(shifted.copy_(value), 30)).mul_(_MIX_A)
-    value.bitwise_xor_(_shift_right_(shifted.copy_(value), 27)).mul_(_MIX_B)
-    return value.bitwise_xor_(_shift_right_(shifted.copy_(value), 31))
+    value.bitwise_xor_(_shift_right(value, 30, shifted)).mul_(_MIX_A)
+    value.bitwise_xor_(_shift_right(value, 27, shifted)).mul_(_MIX_B)
+    return value.bitwise_xor_(_shift_right(value, 31, shifted))
 
 
-def _shift_right_(value: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical shift, in place; PyTorch's is arithmetic."""
-    return value.bitwise_right_shift_(bits).bitwise_and_((1 << (64 - bits)) - 1)
+def _shift_right(value: torch.Tensor, bits: int, out: torch.Tensor) -> torch.Tensor:
+    """Logical shift into `out`, which may be `value`; PyTorch's is arithmetic."""
+    return torch.bitwise_right_shift(value, bits, out=out).bitwise_and_((1 << (64 - bits)) - 1)

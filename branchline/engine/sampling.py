@@ -8,14 +8,16 @@ it. See docs/architecture.md, section 5.
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
-from branchline.core import MAX_LOGPROBS, Request
-from branchline.engine.filters import outside_filters
+from branchline.core import MAX_LOGPROBS, Request, SamplingParams
+from branchline.engine.filters import Filter, outside_filters
 from branchline.engine.logit_edits import EditTensors, needs_edits
 from branchline.engine.noise import gumbel_noise, noise_key
 
@@ -34,7 +36,7 @@ class SamplingVariant:
     """What a batch needs; a host-side constant, so that a batch pays only for that."""
 
     noise: bool = False
-    filters: bool = False
+    filters: Filter = Filter.NONE
     edits: bool = False
     logprobs: bool = False
 
@@ -45,10 +47,15 @@ class SamplingVariant:
         drawn = [request.sampling for request in requests if not request.sampling.greedy]
         return cls(
             noise=bool(drawn),
-            filters=any(params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0 for params in drawn),
+            filters=functools.reduce(operator.or_, map(_filters_of, drawn), Filter.NONE),
             edits=any(needs_edits(request) for request in requests),
             logprobs=any(request.logprobs is not None for request in requests),
         )
+
+
+def _filters_of(params: SamplingParams) -> Filter:
+    used = {Filter.MIN_P: params.min_p > 0.0, Filter.TOP_K: params.top_k > 0, Filter.TOP_P: params.top_p < 1.0}
+    return functools.reduce(operator.or_, (kind for kind, on in used.items() if on), Filter.NONE)
 
 
 @dataclass
@@ -138,7 +145,7 @@ def choose_token(
     noise = gumbel_noise(rows.key, position[:, None], token_ids)[:, 0]
     scores = noise.mul_(rows.noise_scale[:, None]).add_(scaled)
     if variant.filters:
-        outside = outside_filters(scaled, rows.min_p_reach, rows.top_k, rows.top_p)
+        outside = outside_filters(scaled, rows.min_p_reach, rows.top_k, rows.top_p, variant.filters)
         scores = scores.sub_(outside, alpha=_FAR)
     return scores.argmax(-1)
 

@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from branchline.core import Request, SamplingParams
 from branchline.engine.execute import Program, Tensors
+from branchline.engine.filters import Filter
 from branchline.engine.models.protocol import Models
 from branchline.engine.sampling import SamplingVariant
 
@@ -25,7 +26,7 @@ TREES = ["none", BUSHY, "chain:3", "dynamic:3,3,8"]
 VARIANTS = [
     SamplingVariant(),
     SamplingVariant(noise=True),
-    SamplingVariant(noise=True, filters=True, edits=True, logprobs=True),
+    SamplingVariant(noise=True, filters=Filter.TOP_K | Filter.TOP_P, edits=True, logprobs=True),
 ]
 
 

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from branchline.core import MAX_LOGPROBS, Request, SamplingParams
+from branchline.engine.filters import Filter
 from branchline.engine.sampling import SamplingTensors, SamplingVariant, choose_token, draft_scores, token_logprobs
 
 GREEDY = request_of()
@@ -24,15 +25,20 @@ EVERYTHING = request_of(
     min_tokens=4,
 )
 KINDS = [GREEDY, DRAWN, FILTERED, EDITED, EVERYTHING]
-VARIANTS = [SamplingVariant(*(bool(bits & 1 << place) for place in range(3))) for bits in range(8)]
+ALL_FILTERS = Filter.MIN_P | Filter.TOP_K | Filter.TOP_P
+VARIANTS = [
+    SamplingVariant(noise, filters, edits)
+    for edits in (False, True)
+    for noise, filters in ((False, Filter.NONE), (True, Filter.NONE), (True, Filter.MIN_P), (True, ALL_FILTERS))
+]
 
 
 def test_a_batch_pays_for_what_it_needs() -> None:
     assert SamplingVariant.of([]) == SamplingVariant.of([GREEDY]) == SamplingVariant()
     assert SamplingVariant.of([GREEDY, DRAWN]) == SamplingVariant(noise=True)
-    assert SamplingVariant.of([FILTERED]) == SamplingVariant(noise=True, filters=True)
+    assert SamplingVariant.of([FILTERED]) == SamplingVariant(noise=True, filters=ALL_FILTERS)
     assert SamplingVariant.of([DRAWN, EDITED]) == SamplingVariant(noise=True, edits=True)
-    assert SamplingVariant.of(iter([FILTERED, EDITED])) == SamplingVariant(noise=True, filters=True, edits=True)
+    assert SamplingVariant.of(iter([DRAWN, EVERYTHING])) == SamplingVariant(True, Filter.TOP_P, edits=True)
     assert SamplingVariant.of([request_of(SamplingParams(top_k=5, top_p=0.5, min_p=0.1))]) == SamplingVariant()
     assert SamplingVariant.of([GREEDY, request_of(logprobs=0)]) == SamplingVariant(logprobs=True)
 

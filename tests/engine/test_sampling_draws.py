@@ -59,7 +59,8 @@ def prepared(request: Request) -> torch.Tensor:
     rows = tensors_of([request], len(LOGITS))
     assert rows.edits is not None
     edited = rows.edits.apply(torch.tensor([LOGITS, LOGITS]))
-    outside = outside_filters(edited / rows.temperature[:, None], rows.min_p_reach, rows.top_k, rows.top_p)
+    used = sampling.SamplingVariant.of([request]).filters
+    outside = outside_filters(edited / rows.temperature[:, None], rows.min_p_reach, rows.top_k, rows.top_p, used)
     return torch.where(outside > 0, float("-inf"), edited)[0]
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from sampling_helpers import kept_by_sorting
+from sampling_helpers import kept_by_sorting, request_of
 
 from branchline.core import SamplingParams
 from branchline.engine.filters import outside_filters
+from branchline.engine.sampling import SamplingVariant
 
 
 def kept(logits: torch.Tensor, *params: SamplingParams) -> torch.Tensor:
@@ -22,6 +23,7 @@ def kept(logits: torch.Tensor, *params: SamplingParams) -> torch.Tensor:
         torch.tensor([abs(math.log(p.min_p)) if p.min_p else math.inf for p in params]),
         torch.tensor([p.top_k or logits.shape[1] for p in params]).clamp(max=logits.shape[1]),
         torch.tensor([p.top_p for p in params], dtype=torch.float64),
+        SamplingVariant.of(request_of(p) for p in params).filters,
     )
     assert ((outside == 0) | (outside == 1)).all()
     return outside == 0
