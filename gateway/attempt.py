@@ -122,8 +122,7 @@ class Attempt:
                 case Ended():
                     self._on_end(key, event)
         except AttemptEndedError as error:
-            together = key in (PREFILL, 0) or error.cause is Cause.PREEMPTED or self._verdict is not None
-            return self._end_all(error) if together and not self._handed_off else self._end(key, error)
+            return self._end(key, error) if self._handed_off else self._end_all(error)
         return {}
 
     async def _on_prefill(self, event: prefill_pb2.PrefillResponse) -> Mapping[int, Outcome]:
@@ -168,7 +167,7 @@ class Attempt:
         raise _ended_error(end, self._prefill, self._decode)
 
     def _note_hand_off(self) -> None:
-        """The decode worker has everything: the prefill worker does not matter any more, nor do the others' leases."""
+        """The decode worker has everything: from here on nobody depends on the prefill worker or another's lease."""
         if not self._handed_off:
             self._handed_off, self._verdict = True, None
             for sample in tuple(self._held.keys() - self._live.keys()):

@@ -25,10 +25,12 @@ logger = logging.getLogger(__name__)
 _LONGEST_MS = 2**32 - 1
 _FIRST_BACKOFF_S = 0.02
 _LONGEST_BACKOFF_S = 0.5
-#: Seconds that the first in the queue lets the least loaded decode worker wait for room in one call; with others beside
-#: it, only so long, since room may come there.
-_WAIT_S = 2.0
+#: Seconds that the first in the queue waits in one call for room at the least loaded decode worker; less when there are
+#: others, since room may come there.
+_WAIT_S = 1.0
 _WAIT_BESIDE_OTHERS_S = 0.25
+#: Seconds that samples wait for room for all of them when it is their turn; then they go on in smaller groups.
+_TOGETHER_S = 1.0
 
 
 class NoRoomTogetherError(Exception):
@@ -79,19 +81,19 @@ class Placer:
         if self._turns.first(search.rank) and (placement := await self._ask_all(search)):
             return placement
         with self._turns.join(search.rank) as turn:
-            pauses = backoff()
+            await turn.mine()
+            pauses, together_until = backoff(), time.monotonic() + _TOGETHER_S
             while True:
-                await turn.mine()
-                if placement := await self._ask_all(search):
-                    return placement
                 began = time.monotonic()
-                if placement := await self._queue_up(search):
+                if placement := await self._ask_all(search) or await self._queue_up(search):
                     return placement
-                if search.samples > 1 and self._pool.lacking_since is None:
+                now = time.monotonic()
+                if search.samples > 1 and now >= together_until and self._pool.lacking_since is None:
                     raise NoRoomTogetherError
-                if time.monotonic() - began > _LONGEST_BACKOFF_S:  # the worker has let us wait: no need to hold back
+                if now - began > _WAIT_BESIDE_OTHERS_S / 2:  # the worker has let us wait: no need to hold back, too
                     pauses = backoff()
                 await self._pool.wait_for_change(next(pauses))
+                await turn.mine()
 
     async def _ask_all(self, search: Search) -> Placement | None:
         """Asks every decode worker once, the least loaded first; None when all are busy or gone for the moment."""

@@ -18,7 +18,7 @@ from gateway.group import Group
 from gateway.intake import Intake
 from gateway.journal import AttemptRecord
 from gateway.leases import Placement
-from gateway.outcome import AttemptEndedError, Cause, Completed
+from gateway.outcome import AttemptEndedError, Cause, Completed, Outcome
 from gateway.placement import NoRoomTogetherError, backoff
 from gateway.sample import Sample
 
@@ -117,18 +117,20 @@ class Relay:
         with self._backend.pool.using(pair, len(intakes)):
             async with contextlib.aclosing(attempt.outcomes()) as outcomes:
                 async for ended in outcomes:
-                    broken: dict[Sample, Cause] = {}
                     for number, outcome in ended.items():
-                        if isinstance(outcome, Completed):
-                            await self._finish(intakes[number].sample, outcome.reason)
-                        else:
-                            self._note(intakes[number], placement, outcome)
-                            broken[intakes[number].sample] = outcome.cause
+                        await self._settle(intakes[number], placement, outcome)
+                    broken = {number: end.cause for number, end in ended.items() if isinstance(end, AttemptEndedError)}
                     if len(broken) == len(intakes) and group.can_stay_together:
-                        again = next(iter(broken.values()))  # the same for all that end in one event
+                        again = broken[0]  # the same for all that end in one event
                     else:
-                        self._begin(tuple(broken), most=1)
+                        self._begin([group.samples[number] for number in broken], most=1)
         return again
+
+    async def _settle(self, intake: Intake, placement: Placement, outcome: Outcome) -> None:
+        if isinstance(outcome, Completed):
+            await self._finish(intake.sample, outcome.reason)
+        else:
+            self._note(intake, placement, outcome)
 
     async def _finish(self, sample: Sample, reason: FinishReason) -> None:
         self._finished.add(sample.index)

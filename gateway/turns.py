@@ -16,11 +16,11 @@ class Turn:
 
     rank: float
     number: int
-    _first: asyncio.Event = field(default_factory=asyncio.Event, compare=False)
+    is_first: asyncio.Event = field(default_factory=asyncio.Event, compare=False)
 
     async def mine(self) -> None:
         """Returns when nobody of a smaller rank waits."""
-        await self._first.wait()
+        await self.is_first.wait()
 
 
 class Turns:
@@ -52,6 +52,6 @@ class Turns:
     def _note_first(self) -> None:
         for place, turn in enumerate(self._waiting[:2]):  # who was the first is now the second at most
             if place == 0:
-                turn._first.set()
+                turn.is_first.set()
             else:
-                turn._first.clear()
+                turn.is_first.clear()

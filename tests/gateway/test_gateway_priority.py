@@ -10,7 +10,9 @@ import pytest
 from gateway_harness import PROMPT, house
 from scripted_workers import ScriptedDecode, ScriptedPrefill, eventually, expected_tokens
 
+from branchline.core import Request
 from branchline.wire.status import RpcFailure
+from gateway.placement import Search
 from gateway.tokens import Tokens
 from gateway.turns import Turns
 
@@ -74,10 +76,22 @@ class TestTurns:
             else:
                 place = turns.join(dice.randrange(5))
                 open_places.append((place, place.__enter__()))
-            firsts = [turn for _, turn in open_places if turn._first.is_set()]
+            firsts = [turn for _, turn in open_places if turn.is_first.is_set()]
             assert firsts == [min(turn for _, turn in open_places)] if open_places else not firsts
         for place, _ in open_places:
             place.__exit__(None, None, None)
+
+
+def test_a_level_of_priority_is_worth_ten_seconds() -> None:
+    """So nobody waits for ever: whoever came 10 s before a level 1 is served before it."""
+    request = Request(request_id="r", prompt=(1,), max_tokens=1)
+
+    def rank(arrived: float, priority: int) -> float:
+        return Search("r", request, arrived=arrived, until=0.0, priority=priority).rank
+
+    assert rank(100.0, 0) < rank(109.0, 0)
+    assert rank(109.0, 1) < rank(100.0, 0) < rank(111.0, 1)
+    assert rank(100.0, -2) > rank(119.0, 0)
 
 
 async def test_what_a_reservation_says(tokens: Tokens) -> None:
@@ -87,7 +101,7 @@ async def test_what_a_reservation_says(tokens: Tokens) -> None:
         first, second, third = decode.reservations[:3]
         assert {reservation.priority for reservation in decode.reservations} == {-7}
         assert (first.wait_ms, second.wait_ms) == (0, 0)  # whoever has room is asked first
-        assert third.wait_ms == 2000
+        assert third.wait_ms == 1000
         assert first.queued_ms <= second.queued_ms <= third.queued_ms < 2000
 
 
@@ -97,6 +111,18 @@ async def test_no_call_waits_beyond_the_deadline(tokens: Tokens) -> None:
             await h.answer(4, timeout=None)
         assert caught.value.code() is Code.RESOURCE_EXHAUSTED
         assert max(reservation.wait_ms for reservation in h.decodes[0].reservations) <= 700
+        await h.idle()
+        assert not h.decodes[0].leases
+
+
+@pytest.mark.parametrize("n", [1, 3])
+async def test_a_client_that_goes_away_while_it_waits_for_room(tokens: Tokens, n: int) -> None:
+    async with house(tokens, [ScriptedPrefill()], [ScriptedDecode(capacity=0)]) as h:
+        call = h.call(4, n=n)
+        await eventually(lambda: h.decodes[0].waiting)
+        call.cancel()
+        h.decodes[0].capacity = 100
+        await h.complete(4)
         await h.idle()
         assert not h.decodes[0].leases
 
