@@ -99,6 +99,8 @@ class Attempt:
                     key, event = await self._legs.next(_ATTACH_TIMEOUT_S)
                     if isinstance(event, Ended):
                         raise _ended_error(event, self._prefill, self._decode)
+                    if event.WhichOneof("event") == "preempted":  # before all had come
+                        raise AttemptEndedError("preempted", cause=Cause.PREEMPTED)
                     if key not in missing or event.WhichOneof("event") != "attached":
                         raise AttemptEndedError("the stream did not begin with `attached`", self._decode)
                     missing.discard(key)

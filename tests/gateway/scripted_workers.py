@@ -166,6 +166,7 @@ class ScriptedDecode(decode_pb2_grpc.DecodeServiceServicer):
     capacity: int = 100
     max_batch: int = 16
     preempt_hand_offs: int = 0
+    preempt_streams: int = 0  # as soon as they are opened
     finish_samples: tuple[int, ...] = ()  # those that end with their first token
     repeat: int = 0  # how many tokens each message repeats of those before
     skip_at: int = -1  # the output index that is left out, in the first stream
@@ -220,6 +221,9 @@ class ScriptedDecode(decode_pb2_grpc.DecodeServiceServicer):
         self.requests.append(request.request)
         try:
             yield decode_pb2.AttachResponse(attached=decode_pb2.Attached())
+            if self.preempt_streams:
+                self.preempt_streams -= 1
+                lease.preempted.set()
             match await self._ready(lease):
                 case "aborted":
                     raise RpcFailure(grpc.StatusCode.ABORTED, "the lease was aborted")

@@ -219,6 +219,17 @@ async def test_preempted_during_the_hand_off(tokens: Tokens, n: int) -> None:
         await h.idle()
 
 
+@pytest.mark.parametrize("n", [1, 3])
+async def test_preempted_before_the_hand_off(tokens: Tokens, n: int) -> None:
+    """Perhaps even before the other samples' streams are open."""
+    async with house(tokens, [ScriptedPrefill()], [ScriptedDecode(preempt_streams=n)], max_attempts=1) as h:
+        answers = await h.complete_all(n, 6)
+        assert all(answer.finished.preemptions >= 1 for answer in answers)
+        assert {answer.finished.failovers for answer in answers} == {0}
+        assert h.backend.pool.pairs().fitting[0].decode.cost == (False, 0)
+        await h.idle()
+
+
 async def test_preempted_samples_go_on_alone(tokens: Tokens) -> None:
     decode = ScriptedDecode(preempting=1, failing_sample=1)
     async with house(tokens, [ScriptedPrefill()], [decode], max_attempts=1) as h:
