@@ -52,7 +52,7 @@ def apply(request: Request, logits: list[float], first_token: int | None = None)
     return edits_of(tensors).apply(torch.tensor([logits]))[0].tolist()
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=40)
 @given(st.data())
 def test_edits_are_those_made_by_hand_all_along_the_way(data: st.DataObject) -> None:
     batch = data.draw(st.lists(requests(), min_size=1, max_size=4))

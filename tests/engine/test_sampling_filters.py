@@ -49,7 +49,7 @@ def rows(draw: st.DrawFn) -> tuple[torch.Tensor, SamplingParams]:
     return logits.masked_fill(banned, -math.inf), sampling(top_k, top_p, min_p)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(rows())
 def test_filters_keep_what_sorting_keeps(row: tuple[torch.Tensor, SamplingParams]) -> None:
     logits, params = row
@@ -60,7 +60,7 @@ def test_filters_keep_what_sorting_keeps(row: tuple[torch.Tensor, SamplingParams
     assert (mine == wide)[possible].all()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(st.lists(rows(), min_size=2, max_size=5), st.integers(1, 300))
 def test_a_row_keeps_the_same_in_any_batch(batch: list[tuple[torch.Tensor, SamplingParams]], repeats: int) -> None:
     """Also at widths where a sum of floats would be summed in another order."""
