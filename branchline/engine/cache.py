@@ -42,20 +42,25 @@ class PagedKvCache:
             dtype=geometry.dtype,
             device=device,
         )
+        # Views made once: on a CPU making them for every layer of every pass would show.
+        self._rows = [layer.view(-1, geometry.head_dim) for layer in self.storage]
+        self._blocks = [layer.flatten(0, 1).unflatten(1, (-1, block_size)).flatten(2) for layer in self.storage]
 
-    def write(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Stores rows: slots `[n]`, key and value `[n, kv_heads, head_dim]`."""
-        rows = self.storage[layer]
-        rows[0].index_copy_(1, slots, key.transpose(0, 1))
-        rows[1].index_copy_(1, slots, value.transpose(0, 1))
+    def places(self, slots: torch.Tensor) -> torch.Tensor:
+        """Where `write` puts rows: slots `[n]` -> int64 `[n * 2 * kv_heads]`, the same for all layers."""
+        slots_per_head = self.storage.shape[3]
+        heads = torch.arange(2 * self.geometry.num_kv_heads, device=slots.device)
+        return (heads * slots_per_head + slots[:, None]).reshape(-1)
 
-    def gather(self, layer: int, block_table: torch.Tensor) -> torch.Tensor:
-        """K and V of sequences, `[2, kv_heads, batch, width * block_size, head_dim]`; block_table `[batch, width]`."""
-        batch, width = block_table.shape
-        heads, head_dim = self.geometry.num_kv_heads, self.geometry.head_dim
-        blocks = self.storage[layer].view(2 * heads, -1, self.block_size * head_dim)
-        gathered = blocks.index_select(1, block_table.reshape(-1))
-        return gathered.view(2, heads, batch, width * self.block_size, head_dim)
+    def write(self, layer: int, places: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Stores rows: key and value `[n, kv_heads, head_dim]`, `places` from their slots."""
+        self._rows[layer].index_copy_(0, places, torch.cat([key, value], 1).view(-1, self.geometry.head_dim))
+
+    def gather(self, layer: int, blocks: torch.Tensor, batch: int) -> torch.Tensor:
+        """K and V of `batch` sequences of as many blocks each, `[2, kv_heads * batch, rows, head_dim]`: sequence b of
+        head h is at h * batch + b. `blocks` int64 holds their block tables in a line."""
+        gathered = self._blocks[layer].index_select(1, blocks)
+        return gathered.view(2, self.geometry.num_kv_heads * batch, -1, self.geometry.head_dim)
 
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copies rows in every layer, K and V: slots int64 `[batch, n]`, those of one sequence in a row of each.

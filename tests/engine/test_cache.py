@@ -37,12 +37,23 @@ def test_move_reads_every_row_before_it_writes(data: st.DataObject) -> None:
     assert torch.equal(cache.storage, expected)
 
 
-def test_gather_returns_blocks_in_the_order_of_the_table() -> None:
+def test_gather_returns_blocks_in_the_order_of_the_tables() -> None:
     cache = filled_cache()
-    keys, values = cache.gather(1, torch.tensor([[3, 1], [2, 5]]))
-    assert keys.shape == (2, 2, 8, 4)
-    assert torch.equal(keys[:, 0, :4], cache.storage[1, 0, :, 12:16])
-    assert torch.equal(values[:, 1, 4:], cache.storage[1, 1, :, 20:24])
+    keys, values = cache.gather(1, torch.tensor([3, 1, 2, 5]), batch=2)
+    assert keys.shape == values.shape == (2 * 2, 8, 4)
+    assert torch.equal(keys[0, :4], cache.storage[1, 0, 0, 12:16])  # head 0 of the first sequence
+    assert torch.equal(keys[3, 4:], cache.storage[1, 0, 1, 20:24])  # head 1 of the second
+    assert torch.equal(values[2, :4], cache.storage[1, 1, 1, 12:16])
+
+
+def test_written_rows_lie_in_their_slots() -> None:
+    cache = filled_cache()
+    expected = cache.storage.clone()
+    key, value = torch.randn(2, 3, 2, 4)
+    for token, slot in enumerate([5, 0, 27]):
+        expected[2, 0, :, slot], expected[2, 1, :, slot] = key[token], value[token]
+    cache.write(2, cache.places(torch.tensor([5, 0, 27])), key, value)
+    assert torch.equal(cache.storage, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
