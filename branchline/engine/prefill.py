@@ -23,6 +23,7 @@ from branchline.engine.attention import PagedAttention
 from branchline.engine.blocks import BlockPool
 from branchline.engine.draft import DraftHeads, Root, TreeDrafter
 from branchline.engine.growing import grower_for
+from branchline.engine.logit_edits import check_edits
 from branchline.engine.models.protocol import KvGeometry, Models
 from branchline.engine.sampling import SamplingTensors, SamplingVariant, choose_token, token_logprobs
 from branchline.engine.sequence import KvCaches, check_token_ids
@@ -104,6 +105,7 @@ class PrefillRunner:
                 f"the prompt has {len(context)} tokens; at most {self.max_model_len - 1} leave room for an answer"
             )
         check_token_ids(context, self._models.target.spec.vocab_size)
+        check_edits(request, self._models.target.spec.vocab_size)
         blocks = self.pool.allocate(self._caches.blocks_for(len(context)))
         return PrefillTask(
             request,
