@@ -1,8 +1,12 @@
 """Acceptance length: tokens emitted per target forward, by tree, over the same prompts.
 
     python -m benchmarks.acceptance --tree chain:3 --tree default --limit 40
+    python -m benchmarks.acceptance --temperature 0.7 --temperature 1.0 --draft-noise both
 
-Runs the engine in this process, without gRPC. benchmarks/acceptance_vllm.py gives vLLM's own count for chains.
+Runs the engine in this process, without gRPC. benchmarks/acceptance_vllm.py gives vLLM's own count for chains. Each
+prompt has a seed of its own, the same in every run, so that runs at one temperature sample the same texts (but for
+near-ties in 16 bits). `--draft-noise off` ranks drafts without the sampler's noise, by the draft head's logits alone:
+a switch of this benchmark only, to show what the shared noise gains.
 """
 
 from __future__ import annotations
@@ -13,8 +17,11 @@ import os
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 PROMPTS = Path(__file__).parent / "data/spec_bench_dev.jsonl"
 
@@ -49,30 +56,69 @@ def main(argv: list[str] | None = None) -> int:
         return tuple(ids)
 
     models, _ = assemble(config, lambda line: print(line, file=sys.stderr))
-    requests = [
-        Request(
-            str(question["question_id"]),
-            encode(question["turns"][0]),
-            options.max_tokens,
-            SamplingParams(options.temperature, seed=1),
-            stop_token_ids=models.target.spec.eos_token_ids,
-        )
-        for question in questions
-    ]
+    prompts = {str(question["question_id"]): encode(question["turns"][0]) for question in questions}
+
+    def requests(temperature: float) -> list[Request]:
+        stop = models.target.spec.eos_token_ids
+        return [
+            Request(name, prompt, options.max_tokens, SamplingParams(temperature, seed=seed), stop_token_ids=stop)
+            for seed, (name, prompt) in enumerate(prompts.items())
+        ]
+
     categories = {str(question["question_id"]): question["category"] for question in questions}
     report: dict[str, Any] = {
         "command": "python -m benchmarks.acceptance " + " ".join(sys.argv[1:] if argv is None else argv),
-        "prompts": len(requests),
-        "prompt_tokens": sum(len(request.prompt) for request in requests),
-        "trees": {},
+        "prompts": len(prompts),
+        "prompt_tokens": sum(map(len, prompts.values())),
+        "max_tokens": options.max_tokens,
+        "runs": [],
     }
     for tree in options.tree or ["chain:3", "default"]:
-        report["trees"][tree] = measure(
-            models, parse_tree(tree), config.engine, requests, categories, options.in_flight
-        )
-        print(f"{tree}: {report['trees'][tree]}", file=sys.stderr)
+        for temperature in options.temperature or [0.0]:
+            for noise in (True, False) if options.draft_noise == "both" else (options.draft_noise == "on",):
+                with drafting_noise(noise):
+                    result = measure(
+                        models, parse_tree(tree), config.engine, requests(temperature), categories, options.in_flight
+                    )
+                run = {"tree": tree, "temperature": temperature, "draft_noise": noise} | result
+                report["runs"].append(run)
+                print(run, file=sys.stderr)
+    report["gain_of_noise"] = gains(report["runs"])
     print(json.dumps(report, indent=2))
     return 0
+
+
+@contextmanager
+def drafting_noise(on: bool) -> Iterator[None]:
+    """Whether drafts are ranked with the sampler's noise, as they are outside of this benchmark."""
+    if on:
+        yield
+        return
+    import torch
+
+    from branchline.engine import draft
+
+    def without_noise(logits: torch.Tensor, *_: object) -> torch.Tensor:
+        return torch.log_softmax(logits, -1)
+
+    with mock.patch.object(draft, "draft_scores", without_noise):
+        yield
+
+
+def gains(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each tree and temperature that ran both ways: acceptance length with the noise, without, and their ratio."""
+    lengths = {(run["tree"], run["temperature"], run["draft_noise"]): run["acceptance_length"] for run in runs}
+    return [
+        {
+            "tree": tree,
+            "temperature": temperature,
+            "with": length,
+            "without": without,
+            "ratio": round(length / without, 4),
+        }
+        for (tree, temperature, noise), length in lengths.items()
+        if noise and (without := lengths.get((tree, temperature, False)))
+    ]
 
 
 def measure(
@@ -109,7 +155,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=Path, default=PROMPTS, help="a Spec-Bench file")
     parser.add_argument("--limit", type=int, default=40, help="the first prompts of the file")
     parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--temperature", type=float, action="append", help="may be repeated; default: 0, greedy")
+    parser.add_argument("--draft-noise", default="on", choices=["on", "off", "both"])
     parser.add_argument("--in-flight", type=int, default=1)
     return parser.parse_args(argv)
 
