@@ -43,8 +43,10 @@ class PagedKvCache:
             device=device,
         )
         # Views made once: on a CPU making them for every layer of every pass would show.
-        self._rows = [layer.view(-1, geometry.head_dim) for layer in self.storage]
-        self._blocks = [layer.flatten(0, 1).unflatten(1, (-1, block_size)).flatten(2) for layer in self.storage]
+        self._rows: list[torch.Tensor] = [layer.view(-1, geometry.head_dim) for layer in self.storage]
+        self._blocks: list[torch.Tensor] = [
+            layer.view(2 * geometry.num_kv_heads, -1, block_size * geometry.head_dim) for layer in self.storage
+        ]
 
     def places(self, slots: torch.Tensor) -> torch.Tensor:
         """Where `write` puts rows: slots `[n]` -> int64 `[n * 2 * kv_heads]`, the same for all layers."""

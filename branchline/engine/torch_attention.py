@@ -46,7 +46,7 @@ class TorchAttention:
         if queries <= TILE:
             mixed = _attend(by_query, keys, values, bias)
         else:
-            tiles = zip(by_query.split(TILE, 1), bias.split(TILE, 2), strict=True)
+            tiles = zip(torch.split(by_query, TILE, 1), torch.split(bias, TILE, 2), strict=True)
             mixed = torch.cat([_attend(tile, keys, values, seen) for tile, seen in tiles], 1)
         return mixed.reshape(query.shape)
 
