@@ -69,22 +69,37 @@ def test_logits_match_transformers(tmp_path: Path, variant: dict[str, Any], dtyp
     torch.testing.assert_close(full_forward(target, TOKENS), model(TOKENS[None]).logits[0], rtol=1e-4, atol=1e-4)
 
 
+def sister_config(config_class: type, **changes: Any) -> Any:
+    settings = {name: getattr(tiny_config(), name) for name in tiny_config().to_diff_dict() if name != "model_type"}
+    settings.pop("head_dim")
+    return config_class(**settings | {"num_key_value_heads": KV_HEADS} | changes)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("config_class", "model_class", "changes"),
     [
         (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}),
         (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+        (MistralConfig, MistralForCausalLM, {"sliding_window": 6}),
+        (Qwen2Config, Qwen2ForCausalLM, {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 3}),
     ],
 )
 def test_sister_architectures_match_transformers(
     tmp_path: Path, config_class: type, model_class: type, changes: dict[str, Any]
 ) -> None:
-    settings = {name: getattr(tiny_config(), name) for name in tiny_config().to_diff_dict() if name != "model_type"}
-    settings |= {"num_key_value_heads": KV_HEADS} | changes
-    settings.pop("head_dim")
-    model = save_tiny_model(tmp_path, config_class(**settings), model_class)
+    model = save_tiny_model(tmp_path, sister_config(config_class, **changes), model_class)
     target = load_target(tmp_path, CPU, torch.float32)
+    torch.testing.assert_close(full_forward(target, TOKENS), model(TOKENS[None]).logits[0], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_qwen2_slides_from_a_layer_on_when_its_layers_are_not_listed(tmp_path: Path) -> None:
+    config = sister_config(Qwen2Config, use_sliding_window=True, sliding_window=6, max_window_layers=3)
+    model = save_tiny_model(tmp_path, config, Qwen2ForCausalLM)
+    edit_config(tmp_path, layer_types=None)
+    target = load_target(tmp_path, CPU, torch.float32)
+    assert [layer.attention.window for layer in target.layers] == [None] * 3 + [6] * (LAYERS - 3)
     torch.testing.assert_close(full_forward(target, TOKENS), model(TOKENS[None]).logits[0], rtol=1e-4, atol=1e-4)
 
 
@@ -171,7 +186,12 @@ REFUSED = {
     "incomplete rope": ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "lacks factor"),
     "partial rope": ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial"),
     "activation": ({"hidden_act": "gelu"}, "gelu"),
-    "sliding window": ({"architectures": ["MistralForCausalLM"], "sliding_window": 16}, "sliding"),
+    "sliding window": ({"sliding_window": 16}, "sliding"),
+    "empty window": ({"architectures": ["MistralForCausalLM"], "sliding_window": 0}, "sliding_window"),
+    "unknown layers": (
+        {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "layer_types": ["linear_attention"]},
+        "layer_types",
+    ),
     "sliding layers": ({"layer_types": ["sliding_attention"] * LAYERS}, "sliding"),
     "quantised": ({"quantization_config": {"quant_method": "awq"}}, "quantised"),
     "uneven heads": ({"num_key_value_heads": 3}, "4 attention heads"),

@@ -98,7 +98,7 @@ def build_target(
     return ReferenceTarget(
         spec=_spec(config, dtype, eos_token_ids),
         embedding=embedding,
-        layers=[_load_layer(loader, f"model.layers.{index}") for index in range(config.num_layers)],
+        layers=[_load_layer(loader, index) for index in range(config.num_layers)],
         norm=loader.norm("model.norm"),
         head=Linear(embedding) if tied else loader.linear(config.hidden_size, {"lm_head": config.vocab_size}),
         rotary=RotaryTable(config.rope, config.head_dim, config.max_position, device, dtype),
@@ -121,10 +121,11 @@ def _spec(config: DecoderConfig, dtype: torch.dtype, eos_token_ids: tuple[int, .
     )
 
 
-def _load_layer(loader: LayerLoader, prefix: str) -> DecoderLayer:
+def _load_layer(loader: LayerLoader, index: int) -> DecoderLayer:
+    prefix, window = f"model.layers.{index}", loader.config.window(index)
     return DecoderLayer(
         input_norm=loader.norm(f"{prefix}.input_layernorm"),
-        attention=loader.attention(f"{prefix}.self_attn", loader.config.hidden_size),
+        attention=loader.attention(f"{prefix}.self_attn", loader.config.hidden_size, window),
         post_attention_norm=loader.norm(f"{prefix}.post_attention_layernorm"),
         mlp=loader.mlp(f"{prefix}.mlp"),
     )

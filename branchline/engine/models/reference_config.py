@@ -42,6 +42,11 @@ class DecoderConfig:
     output_bias: bool
     mlp_bias: bool
     tied_embeddings: bool
+    #: Each layer's sliding window in tokens, None where it sees everything; empty when all layers do.
+    windows: tuple[int | None, ...] = ()
+
+    def window(self, layer: int) -> int | None:
+        return self.windows[layer] if self.windows else None
 
     @property
     def qkv_sizes(self) -> tuple[int, int, int]:
@@ -59,14 +64,14 @@ def parse_target(config: Mapping[str, Any]) -> DecoderConfig:
         )
     if config.get("quantization_config"):
         raise ModelError("the reference provider doesn't serve quantised checkpoints")
-    return parse_decoder(config, qwen2=names[0] == "Qwen2ForCausalLM")
+    return parse_decoder(config, names[0])
 
 
-def parse_decoder(config: Mapping[str, Any], qwen2: bool = False) -> DecoderConfig:
+def parse_decoder(config: Mapping[str, Any], architecture: str = "LlamaForCausalLM") -> DecoderConfig:
     """The decoder part of a config in Hugging Face's field names. Raises ModelError."""
+    qwen2 = architecture == "Qwen2ForCausalLM"
     if config.get("hidden_act", "silu") != "silu":
         raise ModelError(f"activation {config['hidden_act']} is not supported, only silu")
-    _refuse_sliding_window(config, switchable=qwen2)
     hidden_size, num_heads = _integer(config, "hidden_size"), _integer(config, "num_attention_heads")
     num_kv_heads = _integer(config, "num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
@@ -90,6 +95,7 @@ def parse_decoder(config: Mapping[str, Any], qwen2: bool = False) -> DecoderConf
         output_bias=not qwen2 and bool(config.get("attention_bias", False)),
         mlp_bias=bool(config.get("mlp_bias", False)),
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        windows=parse_windows(config, architecture),
     )
 
 
@@ -114,11 +120,27 @@ def parse_rope(config: Mapping[str, Any], max_position: int) -> RopeConfig:
     )
 
 
-def _refuse_sliding_window(config: Mapping[str, Any], switchable: bool) -> None:
-    """Mistral slides whenever a window is named, Qwen2 only with `use_sliding_window`."""
-    slides = bool(config.get("use_sliding_window", False)) if switchable else config.get("sliding_window") is not None
-    if slides or any(kind != "full_attention" for kind in config.get("layer_types") or ()):
-        raise ModelError("sliding-window attention is not supported")
+def parse_windows(config: Mapping[str, Any], architecture: str) -> tuple[int | None, ...]:
+    """The layers' sliding windows. Mistral slides in every layer when a window is named; Qwen2 with
+    `use_sliding_window`, in the layers that `layer_types` lists, or else from `max_window_layers` on. Raises ModelError
+    where others would slide."""
+    layers = range(_integer(config, "num_hidden_layers"))
+    kinds = tuple(config.get("layer_types") or ())
+    if architecture == "MistralForCausalLM":
+        slides = config.get("sliding_window") is not None
+        return (_integer(config, "sliding_window"),) * len(layers) if slides else ()
+    if architecture == "Qwen2ForCausalLM":
+        if not config.get("use_sliding_window", False):
+            return ()
+        first = int(config.get("max_window_layers", 28))  # transformers' default
+        sliding = [kind == "sliding_attention" for kind in kinds] or [layer >= first for layer in layers]
+        if len(sliding) != len(layers) or not {*kinds} <= {"full_attention", "sliding_attention"}:
+            raise ModelError(f"config.json: layer_types must name {len(layers)} full or sliding layers, got {kinds}")
+        window = _integer(config, "sliding_window")
+        return tuple(window if slides else None for slides in sliding)
+    if config.get("sliding_window") is not None or any(kind != "full_attention" for kind in kinds):
+        raise ModelError(f"sliding-window attention is not supported in {architecture}")
+    return ()
 
 
 def _integer(config: Mapping[str, Any], name: str, default: int | None = None) -> int:

@@ -100,6 +100,8 @@ class SelfAttention:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    #: See Attention.attend.
+    window: int | None = None
 
     def __call__(self, layer: int, x: torch.Tensor, rotation: Rotation, attention: Attention) -> torch.Tensor:
         """x `[tokens, in]` -> `[tokens, hidden_size]`."""
@@ -107,7 +109,8 @@ class SelfAttention:
         qkv = self.qkv(x).view(x.shape[0], rotated_heads + self.num_kv_heads, self.head_dim)
         query_key, value = rotation(qkv[:, :rotated_heads]), qkv[:, rotated_heads:]
         query, key = query_key[:, : self.num_heads], query_key[:, self.num_heads :]
-        return self.output(attention.attend(layer, query, key, value).flatten(1))
+        attended = attention.attend(layer, query, key, value, window=self.window)
+        return self.output(attended.flatten(1))
 
 
 @dataclass(frozen=True)
@@ -144,11 +147,11 @@ class LayerLoader:
         biases = [self.tensor(f"{name}.bias", size) for name, size in outputs.items()] if bias else []
         return Linear(_merge(weights), _merge(biases) if bias else None)
 
-    def attention(self, prefix: str, inputs: int) -> SelfAttention:
+    def attention(self, prefix: str, inputs: int, window: int | None = None) -> SelfAttention:
         config, names = self.config, (f"{prefix}.{part}_proj" for part in "qkv")
         qkv = self.linear(inputs, dict(zip(names, config.qkv_sizes, strict=True)), config.qkv_bias)
         output = self.linear(config.qkv_sizes[0], {f"{prefix}.o_proj": config.hidden_size}, config.output_bias)
-        return SelfAttention(qkv, output, config.num_heads, config.num_kv_heads, config.head_dim)
+        return SelfAttention(qkv, output, config.num_heads, config.num_kv_heads, config.head_dim, window)
 
     def mlp(self, prefix: str) -> SwiGlu:
         hidden, inner, bias = self.config.hidden_size, self.config.intermediate_size, self.config.mlp_bias
