@@ -53,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     from benchmarks import engine_report, machine
+    from benchmarks.engine_floor import floor_table
+    from benchmarks.engine_plain import plain_table
     from branchline.engine.tree_spec import parse_tree
 
     models = load(options)
@@ -72,10 +74,10 @@ def main(argv: list[str] | None = None) -> int:
         say(engine_report.target_table(targets) + "\n")
     if options.provider == "reference":
         report["floor"] = floor(options, models, trees)
-        say(json.dumps(report["floor"], indent=2))
+        say("\n" + floor_table(report["floor"]["by_tree"]) + "\n")
     if options.vllm:
         report["plain_decoding"] = beside_vllm(options, models)
-        say(json.dumps(report["plain_decoding"], indent=2))
+        say("\n" + plain_table(report["plain_decoding"]) + "\n")
     print(json.dumps(report, indent=2))
     return 0
 

@@ -18,7 +18,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks.engine_report import summary
+from benchmarks.engine_report import aligned, summary
 from benchmarks.engine_rig import Rig
 from benchmarks.engine_shapes import ForcedDraft, ForcedTarget
 from branchline.engine.models.protocol import Models
@@ -50,6 +50,17 @@ def measure(models: Models, rig: Rig, context: int, steps: int, bandwidth: float
         "met": ratio <= TARGET_RATIO,
         "replay_gap": _gap_summary(gaps),
     }
+
+
+def floor_table(by_tree: dict[str, dict[str, Any]]) -> str:
+    head = ["beside the floor, ms", "nodes", "depth", "context", "tokens/step", "iteration", "floor", "ratio"]
+    lines = [[*head, "gap us, median", "p99"]]
+    for name, entry in by_tree.items():
+        sizes = [str(entry[field]) for field in ("nodes", "depth", "context", "tokens_per_step")]
+        times = [f"{entry[field]:.3f}" for field in ("ms_per_iteration", "floor_ms", "ratio")]
+        us = (entry["replay_gap"] or {}).get("us", {})
+        lines.append([name, *sizes, *times, *(f"{us[field]:.1f}" if us else "-" for field in ("median", "p99"))])
+    return aligned(lines)
 
 
 def floor_bytes(models: Models, depth: int) -> int:

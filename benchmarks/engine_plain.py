@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from benchmarks.engine_report import aligned
 from benchmarks.engine_rig import ROOM, Rig
 
 SCRIPT = Path(__file__).with_name("engine_vllm.py")
@@ -97,3 +98,12 @@ def compare(
         results.append(entry | {"at_least": 1.0, "met": ratio >= 1.0})
     sizes = {"prompt_tokens": context, "output_tokens": output_tokens, "rounds": rounds}
     return sizes | {"vllm": vllm.settings, "by_batch": results}
+
+
+def plain_table(comparison: dict[str, Any]) -> str:
+    lines = [["plain decoding, tokens/s", "batch", "Branchline", "vLLM", "ratio", "at least", "met"]]
+    for entry in comparison["by_batch"]:
+        speeds = [f"{entry[name]:.2f}" for name in ("branchline_tokens_per_second", "vllm_tokens_per_second")]
+        ratios = [f"{entry[name]:.3f}" for name in ("ratio", "at_least")]
+        lines.append(["", str(entry["batch"]), *speeds, *ratios, "yes" if entry["met"] else "NO"])
+    return aligned(lines)

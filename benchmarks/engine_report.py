@@ -85,7 +85,7 @@ def table(entries: list[dict[str, Any]]) -> str:
         whole = row["ms"]["iteration"]
         totals = [_cell(whole["median"]), _cell(whole["p90"])]
         lines.append([row["tree"], *sizes, *totals, *phases, _cell(row["to_plain"]), share])
-    return _aligned(lines)
+    return aligned(lines)
 
 
 def target_table(entries: list[dict[str, Any]]) -> str:
@@ -94,7 +94,7 @@ def target_table(entries: list[dict[str, Any]]) -> str:
         sizes = [str(entry[name]) for name in ("tree", "batch", "context")]
         met = "yes" if entry["met"] else "NO"
         lines.append([entry["what"], *sizes, f"{entry['measured']:.3f}", f"{entry['at_most']:.3f}", met])
-    return _aligned(lines)
+    return aligned(lines)
 
 
 def _row(case: Case, rounds: list[Timing], timings: Timings, tree: TreeTopology) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def _cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _aligned(lines: list[list[str]]) -> str:
+def aligned(lines: list[list[str]]) -> str:
     """The first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(

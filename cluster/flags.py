@@ -30,7 +30,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="M", help="a directory, a Hugging Face id, or 'default'")
     add("--draft", metavar="D", help="an EAGLE-3 head: a directory, a Hugging Face id, 'default' or 'none'")
     add("--dtype", choices=DTYPES)
-    add("--tree", metavar="T", help="none, chain:K, static:FILE, or choices such as '[[0],[1],[0,0]]'")
+    add(
+        "--tree",
+        metavar="T",
+        help="none, chain:K, static:FILE, dynamic:DEPTH,TOPK,NODES, or choices such as '[[0],[1],[0,0]]'",
+    )
     add("--provider", choices=PROVIDERS)
 
 

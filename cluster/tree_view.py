@@ -76,7 +76,7 @@ class StepView:
         return [number for number, parent in enumerate(self.tree.parents, 1) if parent == node]
 
     def probability(self, node: int) -> float:
-        """The draft head's cumulative probability of a drafted node."""
+        """The draft head's cumulative probability of a node; with a temperature, noise included."""
         return math.exp(self.tree.scores[node - 1])
 
     def _child(self, node: int, token_id: int) -> int | None:
