@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -20,6 +22,25 @@ PICK = st.integers(0, 9)
 DRAIN_STEPS = 3000
 
 
+@dataclass(frozen=True)
+class Ask:
+    length: int
+    max_tokens: int
+    samples: int
+    priority: int
+    queued_s: float
+
+
+ASKS = st.builds(
+    Ask,
+    length=st.integers(1, 30),
+    max_tokens=st.integers(1, 24),
+    samples=st.sampled_from([1, 1, 1, 2, 3, SLOTS]),
+    priority=st.sampled_from([-2, 0, 0, 0, 1, 5]),
+    queued_s=st.sampled_from([0.0, 0.0, 3.5, 60.0]),
+)
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return load(tmp_path_factory.mktemp("scheduling"))
@@ -32,28 +53,10 @@ class SchedulingMachine(RuleBasedStateMachine):
         super().__init__()
         self.world = World(new_loop(models))
 
-    @rule(
-        length=st.integers(1, 30),
-        max_tokens=st.integers(1, 24),
-        samples=st.sampled_from([1, 1, 1, 2, 3, SLOTS]),
-        priority=st.sampled_from([-2, 0, 0, 0, 1, 5]),
-        queued_s=st.sampled_from([0.0, 0.0, 3.5, 60.0]),
-        wait=st.sampled_from([True, True, False]),
-    )
-    def reserve(self, length: int, max_tokens: int, samples: int, priority: int, queued_s: float, wait: bool) -> None:
-        world = self.world
-        world.now += 1.0
-        rank = rank_of(world.now, queued_s, priority)
-        reservation = Reservation(world.new_lease_ids(samples), length, length + max_tokens, rank, priority)
-        sequences = [Sequence(length, max_tokens, sample) for sample in range(samples)]
-        before = world.loop.runner.pool.used
-        try:
-            world.reserve(reservation, sequences, wait)
-        except OutOfBlocksError:
-            assert not wait
-            assert world.loop.runner.pool.used == before
-        except InvalidRequestError:
-            assert samples > 1, "what fits alone is refused"
+    @rule(asks=st.lists(ASKS, min_size=1, max_size=4), wait=st.sampled_from([True, True, False]))
+    def reserve(self, asks: list[Ask], wait: bool) -> None:
+        for ask in asks:
+            self._reserve(ask, wait)
 
     @rule(pick=PICK, with_draft=st.booleans())
     def receive(self, pick: int, with_draft: bool) -> None:
@@ -86,10 +89,14 @@ class SchedulingMachine(RuleBasedStateMachine):
             self.world.end(*live[pick % len(live)])
 
     @rule(pick=PICK)
-    def withdraw(self, pick: int) -> None:
-        """A caller that stops waiting, some of them in the moment in which it is their turn."""
-        candidates = [*self.world.waiting, *(one for one in self.world.granted if not one.imported)]
-        if (group := self._pick(candidates, pick)) is not None:
+    def stop_waiting(self, pick: int) -> None:
+        if (group := self._pick(self.world.waiting, pick)) is not None:
+            self.world.withdraw(group)
+
+    @rule(pick=PICK)
+    def stop_waiting_too_late(self, pick: int) -> None:
+        """In the moment in which it was granted."""
+        if (group := self._pick([one for one in self.world.granted if not one.imported], pick)) is not None:
             self.world.withdraw(group)
 
     @rule()
@@ -104,6 +111,22 @@ class SchedulingMachine(RuleBasedStateMachine):
         """Nobody starves: what nobody has aborted ends, with all its tokens; then nothing is left."""
         drain(self.world)
         super().teardown()
+
+    def _reserve(self, ask: Ask, wait: bool) -> None:
+        world = self.world
+        world.now += 1.0
+        rank = rank_of(world.now, ask.queued_s, ask.priority)
+        lease_ids = world.new_lease_ids(ask.samples)
+        reservation = Reservation(lease_ids, ask.length, ask.length + ask.max_tokens, rank, ask.priority)
+        sequences = [Sequence(ask.length, ask.max_tokens, sample) for sample in range(ask.samples)]
+        before = world.loop.runner.pool.used
+        try:
+            world.reserve(reservation, sequences, wait)
+        except OutOfBlocksError:
+            assert not wait
+            assert world.loop.runner.pool.used == before
+        except InvalidRequestError:
+            assert ask.samples > 1, "what fits alone is refused"
 
     @staticmethod
     def _pick(groups: list[Group], pick: int) -> Group | None:
