@@ -49,9 +49,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 class SchedulingMachine(RuleBasedStateMachine):
     """Everybody who can do something to the engine does so at any time."""
 
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: Models, pipelined: bool) -> None:
         super().__init__()
-        self.world = World(new_loop(models))
+        self.world = World(new_loop(models, pipelined))
 
     @rule(asks=st.lists(ASKS, min_size=1, max_size=4), wait=st.sampled_from([True, True, False]))
     def reserve(self, asks: list[Ask], wait: bool) -> None:
@@ -152,18 +152,20 @@ def drain(world: World) -> None:
     assert world.loop.runner.pool.used == len(world.loop.runner.live) == 0
 
 
-def test_whatever_happens_the_books_agree_and_nobody_starves(models: Models) -> None:
+@pytest.mark.parametrize("pipelined", [False, True])
+def test_whatever_happens_the_books_agree_and_nobody_starves(models: Models, pipelined: bool) -> None:
     run_state_machine_as_test(
-        lambda: SchedulingMachine(models),
+        lambda: SchedulingMachine(models, pipelined),
         settings=settings(
-            max_examples=50, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+            max_examples=30, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
         ),
     )
 
 
-def test_sequences_that_outgrow_the_cache_take_turns(models: Models) -> None:
+@pytest.mark.parametrize("pipelined", [False, True])
+def test_sequences_that_outgrow_the_cache_take_turns(models: Models, pipelined: bool) -> None:
     """Each of them fits alone; together they need more blocks than there are, and all get their tokens."""
-    world = World(new_loop(models))
+    world = World(new_loop(models, pipelined))
     for number in range(6):
         ids = world.new_lease_ids(1)
         world.reserve(Reservation(ids, 8, MAX_LEN, rank=float(number)), [Sequence(8, MAX_LEN - 8, 0)])
