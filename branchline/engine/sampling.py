@@ -139,7 +139,7 @@ def choose_token(
         assert rows.edits is not None
         logits = rows.edits.apply(logits)
     if not variant.noise:
-        return logits.argmax(-1)
+        return _first_largest(logits)
     scaled = logits.float() / rows.temperature[:, None]
     token_ids = torch.arange(logits.shape[-1], device=logits.device)
     noise = gumbel_noise(rows.key, position[:, None], token_ids)[:, 0]
@@ -147,7 +147,12 @@ def choose_token(
     if variant.filters:
         outside = outside_filters(scaled, rows.min_p_reach, rows.top_k, rows.top_p, variant.filters)
         scores = scores.sub_(outside, alpha=_FAR)
-    return scores.argmax(-1)
+    return _first_largest(scores)
+
+
+def _first_largest(values: torch.Tensor) -> torch.Tensor:
+    """argmax over the last dimension; of equal values the first. `max` is four times as fast in bfloat16 on a CPU."""
+    return values.max(-1).indices
 
 
 def draft_scores(

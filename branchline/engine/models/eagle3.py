@@ -16,8 +16,9 @@ import torch.nn.functional as F  # noqa: N812
 
 from branchline.engine.models.checkpoint import TensorSource, Weights
 from branchline.engine.models.eagle3_config import NUM_AUXILIARY, Eagle3Config, read_eagle3_config
+from branchline.engine.models.linear import Linear
 from branchline.engine.models.protocol import Attention, DraftSpec, KvGeometry, ModelError, TargetSpec
-from branchline.engine.models.reference_layers import LayerLoader, Linear, RmsNorm, RotaryTable, SelfAttention, SwiGlu
+from branchline.engine.models.reference_layers import LayerLoader, RmsNorm, RotaryTable, SelfAttention, SwiGlu
 
 
 @dataclass(eq=False)

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from branchline.engine.models.checkpoint import TensorSource, Weights, read_config, read_eos_token_ids
+from branchline.engine.models.linear import Linear, linear
 from branchline.engine.models.protocol import Attention, KvGeometry, TargetOutput, TargetSpec
 from branchline.engine.models.reference_config import DecoderConfig, parse_target
 from branchline.engine.models.reference_layers import (
     LayerLoader,
-    Linear,
     RmsNorm,
     RotaryTable,
     Rotation,
@@ -100,7 +100,7 @@ def build_target(
         embedding=embedding,
         layers=[_load_layer(loader, index) for index in range(config.num_layers)],
         norm=loader.norm("model.norm"),
-        head=Linear(embedding) if tied else loader.linear(config.hidden_size, {"lm_head": config.vocab_size}),
+        head=linear(embedding) if tied else loader.linear(config.hidden_size, {"lm_head": config.vocab_size}),
         rotary=RotaryTable(config.rope, config.head_dim, config.max_position, device, dtype),
         auxiliary_layers=auxiliary_layers,
     )

@@ -13,19 +13,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from branchline.engine.models.checkpoint import TensorSource
+from branchline.engine.models.linear import Linear, linear
 from branchline.engine.models.protocol import Attention
 from branchline.engine.models.reference_config import DecoderConfig, RopeConfig
-
-
-@dataclass(frozen=True)
-class Linear:
-    """`x @ weight.T + bias`; weight `[out, in]`."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None = None
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
 
 
 @dataclass(frozen=True)
@@ -145,7 +135,7 @@ class LayerLoader:
         """One projection, or several of the same input merged: `outputs` maps names to output features."""
         weights = [self.tensor(f"{name}.weight", size, inputs) for name, size in outputs.items()]
         biases = [self.tensor(f"{name}.bias", size) for name, size in outputs.items()] if bias else []
-        return Linear(_merge(weights), _merge(biases) if bias else None)
+        return linear(_merge(weights), _merge(biases) if bias else None)
 
     def attention(self, prefix: str, inputs: int, window: int | None = None) -> SelfAttention:
         config, names = self.config, (f"{prefix}.{part}_proj" for part in "qkv")
