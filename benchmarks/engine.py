@@ -209,7 +209,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     on_cpu = options.device == "cpu"
     options.provider = "reference" if options.shape else options.provider or ("vllm" if on_cpu else "reference")
-    options.vllm = options.vllm and on_cpu and options.provider == "vllm"
+    options.vllm = options.vllm and on_cpu and not options.shape
     sizes = QUICK if options.quick else FULL
     for name, value in (*sizes.items(), ("trees", CPU_TREES if on_cpu else GPU_TREES)):
         if getattr(options, name) is None:
