@@ -96,7 +96,8 @@ def load(options: argparse.Namespace) -> Models:
             options.shape, pick_device(options.device), getattr(torch, options.dtype), options.acceptance
         )
     fields = ("model", "draft", "dtype", "provider", "device")
-    config = Config().override(**{f"model.{name}": getattr(options, name) for name in fields})
+    flags = {f"model.{name}": getattr(options, name) for name in fields} | {"engine.compile": options.compile}
+    config = Config().override(**flags)
     return assemble(config, say)[0]
 
 
@@ -186,6 +187,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     add("--device", default="cpu", choices=["cpu", "cuda"])
     add("--provider", choices=["vllm", "reference"], help="default: vllm on the CPU, reference on CUDA")
+    add("--compile", action="store_true", help="compile the model, as vLLM's engine does by default")
     add("--threads", type=int, default=0, help="compute threads; 0 leaves it to PyTorch and OMP_NUM_THREADS")
     add(
         "--tree",

@@ -12,6 +12,7 @@ _FIELDS = {
     "model": "model.model",
     "draft": "model.draft",
     "dtype": "model.dtype",
+    "compile": "engine.compile",
     "tree": "model.tree",
     "provider": "model.provider",
     "prefill": "prefill.replicas",
@@ -36,6 +37,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="none, chain:K, static:FILE, dynamic:DEPTH,TOPK,NODES, or choices such as '[[0],[1],[0,0]]'",
     )
     add("--provider", choices=PROVIDERS)
+    add(
+        "--compile",
+        action="store_true",
+        default=None,
+        help="compile the model: faster steps, a slower start; needs a C++ compiler",
+    )
 
 
 def add_serve_flags(parser: argparse.ArgumentParser) -> None:

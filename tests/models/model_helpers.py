@@ -26,7 +26,7 @@ class DenseAttention:
     ) -> torch.Tensor:
         if layer in self.keys:
             key, value = torch.cat([self.keys[layer], key]), torch.cat([self.values[layer], value])
-        self.keys[layer], self.values[layer] = key, value
+        self.keys[layer], self.values[layer] = key.clone(), value.clone()  # a compiled model reuses their memory
         group = query.shape[1] // key.shape[1]
         mask = torch.ones(len(query), len(key), dtype=torch.bool).tril(len(key) - len(query))
         if window is not None:

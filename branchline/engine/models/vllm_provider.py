@@ -34,7 +34,7 @@ import torch
 import torch.distributed
 import vllm.ir
 from torch.testing._internal.distributed import fake_pg
-from vllm.config import CompilationMode, ModelConfig, VllmConfig, set_current_vllm_config
+from vllm.config import CompilationMode, CUDAGraphMode, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.config.logging import LoggingConfig
 from vllm.distributed import parallel_state
 from vllm.engine.arg_utils import EngineArgs
@@ -62,6 +62,7 @@ from branchline.engine.models.protocol import (
     TargetOutput,
     TargetSpec,
 )
+from branchline.engine.tree_spec import MAX_NODES
 
 #: vLLM keeps the current configuration and the current forward context in module globals: one thread at a time.
 _LOADING = threading.Lock()
@@ -261,10 +262,39 @@ def load_vllm(
         with set_current_vllm_config(config), _worker_state(config, device):
             say(f"loading {model_dir.name} with vLLM")
             target = _load_target(config, model_dir, dtype, draft_dir is not None)
-            if draft_dir is None:
-                return target, None
-            say(f"loading draft head {draft_dir.name}")
-            return target, _load_draft(config, target, dtype, device)
+            draft = None
+            if draft_dir is not None:
+                say(f"loading draft head {draft_dir.name}")
+                draft = _load_draft(config, target, dtype, device)
+            if engine.compile:
+                say("compiling the model: a minute or two, less when it was compiled before")
+                _compile(target, draft, device)
+            return target, draft
+
+
+class _NoAttention:
+    """Takes the place of a forward pass's `Attention` where only the rest matters."""
+
+    def attend(
+        self,
+        layer: int,  # noqa: ARG002  (the protocol's signature)
+        query: torch.Tensor,
+        key: torch.Tensor,  # noqa: ARG002
+        value: torch.Tensor,  # noqa: ARG002
+        *,
+        window: int | None = None,  # noqa: ARG002
+    ) -> torch.Tensor:
+        return torch.zeros_like(query)
+
+
+def _compile(target: VllmTarget, draft: VllmDraft | None, device: torch.device) -> None:
+    """vLLM compiles at the first pass, and takes what is special about that pass for a rule: its number of tokens must
+    not be one, and token ids and positions not the same tensor."""
+    token_ids, positions = torch.arange(8, device=device), torch.arange(8, device=device)
+    output = target.forward(token_ids, positions, _NoAttention())
+    if draft is not None:
+        assert output.auxiliary is not None
+        draft.forward(token_ids, draft.fuse(output.auxiliary), positions, _NoAttention())
 
 
 def _vllm_config(model_dir: Path, draft_dir: Path | None, dtype: torch.dtype, engine: EngineConfig) -> VllmConfig:
@@ -275,8 +305,9 @@ def _vllm_config(model_dir: Path, draft_dir: Path | None, dtype: torch.dtype, en
         model=str(model_dir),
         skip_tokenizer_init=True,
         dtype=str(dtype).removeprefix("torch."),  # type: ignore[arg-type]  # a Literal there
-        enforce_eager=True,
-        max_num_batched_tokens=max(engine.prefill_chunk_tokens, engine.max_batch),
+        enforce_eager=not engine.compile,
+        # What is compiled holds up to this many tokens: a prompt's chunk, or a tree for each request of a batch.
+        max_num_batched_tokens=max(engine.prefill_chunk_tokens, engine.max_batch * (MAX_NODES + 1)),
         max_num_seqs=engine.max_batch,
         use_tqdm_on_load=False,
         disable_log_stats=True,
@@ -284,7 +315,8 @@ def _vllm_config(model_dir: Path, draft_dir: Path | None, dtype: torch.dtype, en
         attention_backend=None if current_platform.is_cpu() else AttentionBackendEnum.CUSTOM,
         speculative_config=speculative,
     )
-    args.compilation_config.mode = CompilationMode.NONE
+    args.compilation_config.mode = CompilationMode.VLLM_COMPILE if engine.compile else CompilationMode.NONE
+    args.compilation_config.cudagraph_mode = CUDAGraphMode.NONE  # whole iterations are captured, by the engine
     with _environment_restored():
         _import_architectures(model_dir, draft_dir)
         return args.create_engine_config()
