@@ -61,7 +61,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     #: (token id, what is added to its logit), each id once.
     logit_bias: tuple[tuple[int, float], ...] = ()
-    #: Token sequences that the output never contains.
+    #: Token sequences that the output never contains. (The same text may still be spelled by other tokens.)
     bad_words: tuple[tuple[int, ...], ...] = ()
     #: Tells the samples of one request apart in the noise.
     sample_index: int = 0
