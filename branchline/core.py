@@ -191,6 +191,17 @@ class DraftTree:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def cut(self, nodes: int, depth: int) -> DraftTree:
+        """The first `nodes` nodes of those that are at most `depth` levels below the root."""
+        kept, depths = {0: 0}, [0]  # node number here -> there; depth by number here
+        entries: list[tuple[int, int, float]] = []
+        for number, (token, parent, score) in enumerate(zip(self.tokens, self.parents, self.scores, strict=True), 1):
+            depths.append(depths[parent] + 1)
+            if depths[number] <= depth and len(entries) < nodes:
+                entries.append((token, kept[parent], score))
+                kept[number] = len(entries)
+        return DraftTree(*(tuple(column) for column in zip(*entries, strict=True))) if entries else DraftTree()
+
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:

@@ -182,7 +182,7 @@ class DecodeRunner:
         check_token_ids((first_token, *tree.tokens), self._models.target.spec.vocab_size)
         budget = self.tree.num_nodes if request.draft_nodes is None else request.draft_nodes
         budget = min(budget, self.tree.num_nodes)
-        tree = fitting(tree, budget, self.tree.cut(budget).depth)
+        tree = tree.cut(budget, self.tree.cut(budget).depth)
         draft_start = 1 if has_draft_kv else context + 1
         self.state.load(allocation.slot, Start(request, first_token, tree, budget, draft_start, remaining))
         allocation.start(request, budget, len(tree), grammar)
@@ -278,18 +278,3 @@ class DecodeRunner:
         if padded != self._slots_of:
             self._slots, self._slots_of = self._slots.new_tensor(padded), padded
         return self._slots
-
-
-def fitting(tree: DraftTree, nodes: int, max_depth: int) -> DraftTree:
-    """The part of a shipped tree that fits: the first nodes, down to a depth."""
-    kept: dict[int, int] = {0: 0}  # node number there -> here
-    depth = {0: 0}
-    entries: list[tuple[int, int, float]] = []
-    for number, (token, parent, score) in enumerate(zip(tree.tokens, tree.parents, tree.scores, strict=True), 1):
-        depth[number] = depth[parent] + 1
-        if len(entries) == nodes:
-            break
-        if depth[number] <= max_depth:
-            entries.append((token, kept[parent], score))
-            kept[number] = len(entries)
-    return DraftTree(*(tuple(column) for column in zip(*entries, strict=True))) if entries else DraftTree()

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from branchline.config import ConfigError
+from branchline.core import DraftTree
 from branchline.engine.tree import StaticTree, topology_tensors
 from branchline.engine.tree_spec import DEFAULT_CHOICES, parse_tree, resolve_tree
 
@@ -88,3 +89,15 @@ def _line(parents: list[int], node: int) -> list[int]:
 def test_every_prefix_of_the_default_tree_is_a_tree() -> None:
     for size in range(1, len(DEFAULT_CHOICES) + 1):
         StaticTree("prefix", DEFAULT_CHOICES[:size])
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 20), st.integers(0, 20), st.integers(0, 6))
+def test_a_shipped_tree_is_cut_to_what_fits(seed: int, drafted: int, nodes: int, depth: int) -> None:
+    parents = random_parents(torch.Generator().manual_seed(seed), drafted).tolist()
+    tree = DraftTree(tuple(range(drafted)), tuple(parents[1:]), (0.0,) * drafted)
+    lines = [tuple(_line(parents, node)[:-1]) for node in range(1, drafted + 1)]
+    cut = tree.cut(nodes, depth)
+    numbers = [0, *(token + 1 for token in cut.tokens)]  # tokens tell which nodes were kept
+    kept = [tuple(_line([-1, *cut.parents], node)[:-1]) for node in range(1, len(cut) + 1)]
+    expected = [line for line in lines if len(line) <= depth][:nodes]
+    assert [tuple(numbers[node] for node in line) for line in kept] == expected
