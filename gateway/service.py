@@ -27,6 +27,7 @@ from gateway.worker import Role, Worker
 logger = logging.getLogger(__name__)
 
 STATUS_TIMEOUT_S = 2.0
+_ANSWER_S = 0.1
 
 
 class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
@@ -44,7 +45,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
     ) -> None:
         with self._admitted():
             remaining = context.time_remaining()
-            timeout_s = self._config.request_timeout_s if remaining is None else remaining
+            timeout_s = self._config.request_timeout_s if remaining is None else remaining - _answer_s(remaining)
             arrived = time.monotonic()
             relay = None
             try:
@@ -121,6 +122,11 @@ async def _worker_info(worker: Worker) -> gateway_pb2.WorkerInfo:
         requests=status.requests,
         tasks=status.tasks,
     )
+
+
+def _answer_s(remaining: float) -> float:
+    """How long before its own deadline a client is answered: it should hear why, not just that its time is up."""
+    return min(_ANSWER_S, remaining / 10)
 
 
 def _deadline_passed() -> RpcFailure:

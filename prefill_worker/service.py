@@ -86,17 +86,21 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
 
     @contextlib.asynccontextmanager
     async def _running(self, sender: HandoffSender) -> AsyncGenerator[asyncio.Task[HandoffTotals]]:
-        """The hand-off as a task that has ended, one way or the other, when the block has."""
+        """The hand-off as a task that ends, one way or the other, with the block."""
         shipping = asyncio.create_task(sender.run())
         self._shipping.add(shipping)
+        # Not behind the wait below: a call that fails may be cancelled as well while it waits there.
+        shipping.add_done_callback(self._on_shipped)
         try:
             yield shipping
         finally:
             shipping.cancel()
             await asyncio.wait({shipping})
-            self._shipping.remove(shipping)
-            if not shipping.cancelled():
-                shipping.exception()  # seen, if it mattered
+
+    def _on_shipped(self, shipping: asyncio.Task[HandoffTotals]) -> None:
+        self._shipping.remove(shipping)
+        if not shipping.cancelled():
+            shipping.exception()  # seen, if it mattered
 
 
 async def _answer(
