@@ -120,6 +120,11 @@ class Fleet:
 
     def revive(self) -> None:
         """Starts dead workers again where they were, and waits until all are well and idle."""
+        self.restart()
+        wait_until_idle(self.client)
+
+    def restart(self) -> None:
+        """Starts dead workers again where they were, and waits until all are well; they may have work by then."""
         self.thaw()
         for role, processes in (("prefill", self._system.prefill), ("decode", self._system.decode)):
             addresses = [worker.address for worker in self.client.info().workers if worker.role == role]
@@ -127,7 +132,6 @@ class Fleet:
                 if processes[index].popen.poll() is not None:
                     processes[index] = self._start(role, address)
         wait_until(lambda: all(w.healthy for w in self.client.info().workers), 10, "all workers are well")
-        wait_until_idle(self.client)
 
     def _start(self, role: str, address: str) -> Process:
         self._starts += 1

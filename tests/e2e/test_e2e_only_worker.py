@@ -66,7 +66,7 @@ def test_a_clear_error_or_the_same_text(fleet: Fleet, patient: tuple[Process, Cl
             fleet.client.complete(**OPTIONS)
         wait_until_idle(fleet.client)
 
-        fleet.revive()
+        fleet.restart()  # the patient request may be running again before this returns
         again = fleet.client.complete(**OPTIONS)
         resumed = waiting.result(REQUEST_S)
     assert again.token_ids == resumed.token_ids == undisturbed.token_ids
