@@ -4,7 +4,8 @@
     python -m benchmarks.attention --device cuda --heads 32 --kv-heads 8 --head-dim 128 --context 512 8192 131072
 
 Microseconds per layer over a cache of several layers, taken in turn. The queries are a random tree's nodes behind the
-context (from 64 on, a prompt's chunk). Each figure is the least of several medians, since other work on a machine only
+context (from 64 on, a prompt's chunk). A sequence's blocks lie side by side (`--blocks ordered`), as they mostly do in
+a server, or anywhere (`--blocks random`). Each figure is the least of several medians, since other work on a machine only
 adds. `sdpa` is what stands to reason without a kernel of one's own: write, gather, one call with a mask.
 """
 
@@ -30,7 +31,7 @@ from branchline.engine.models.protocol import KvGeometry
 from branchline.engine.tree import topology_tensors
 from branchline.engine.visibility import Visibility
 
-LAYERS, BLOCK_SIZE, CHUNK_FROM = 4, 16, 64
+LAYERS, BLOCK_SIZE, CHUNK_FROM = 30, 16, 64
 
 
 @torch.inference_mode()
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
                     rows.append(shape | {"engine_us": round(engine, 1), "sdpa_us": round(sdpa, 1)})
                     print(f"{dtype:>9} {batch:>5} {queries:>7} {context:>7} {engine:>10.1f} {sdpa:>10.1f}", flush=True)
     if options.out is not None:
-        settings = {name: getattr(options, name) for name in ("heads", "kv_heads", "head_dim", "rounds")}
+        settings = {name: getattr(options, name) for name in ("heads", "kv_heads", "head_dim", "blocks", "rounds")}
         result = {"machine": machine(device), "settings": settings | {"block_size": BLOCK_SIZE}, "results": rows}
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
@@ -74,7 +75,9 @@ class Case:
         geometry = KvGeometry(LAYERS, options.kv_heads, options.head_dim, dtype)
         self.cache = PagedKvCache(geometry, batch * width, BLOCK_SIZE, device)
         self.cache.storage.normal_()
-        self.table = (torch.randperm(batch * width, generator=generator) + 1).view(batch, width).to(device)
+        count = batch * width
+        order = torch.arange(count) if options.blocks == "ordered" else torch.randperm(count, generator=generator)
+        self.table = (order + 1).view(batch, width).to(device)
         self.base = torch.full((batch,), context, device=device)
         parents = torch.arange(-1, queries - 1)
         if queries < CHUNK_FROM:
@@ -169,6 +172,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=9)
     parser.add_argument("--kv-heads", type=int, default=3)
     parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--blocks", default="ordered", choices=["ordered", "random"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="on a CPU; 0 leaves them as PyTorch has them")
     parser.add_argument("--out", type=Path, help="a JSON file for the result")

@@ -72,6 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     say("\n" + engine_report.table(entries) + "\n")
     if report["targets"]:
         say(engine_report.target_table(targets) + "\n")
+        report["products"] = products(options, trees)
+        say(engine_report.product_table(report["products"]) + "\n")
     if options.provider == "reference":
         report["floor"] = floor(options, models, trees)
         say("\n" + floor_table(report["floor"]["by_tree"]) + "\n")
@@ -117,6 +119,20 @@ def phases(options: argparse.Namespace, models: Models, trees: dict[str, TreeTop
             if number > 0:
                 timings[case].append(timing)
     return timings
+
+
+def products(options: argparse.Namespace, trees: dict[str, TreeTopology]) -> dict[str, Any]:
+    """The matrix products alone: what a tree's rows cost beside one."""
+    import torch
+
+    from benchmarks.engine_products import measure
+    from branchline.engine.models.checkpoint import read_config
+    from branchline.engine.models.locate import locate_model
+    from branchline.engine.models.reference_config import parse_target
+
+    config = parse_target(read_config(locate_model(options.model)))
+    nodes = sorted({tree.num_nodes for tree in trees.values()} - {0})
+    return measure(config, getattr(torch, options.dtype), nodes, options.rounds)
 
 
 def floor(options: argparse.Namespace, models: Models, trees: dict[str, TreeTopology]) -> dict[str, Any]:

@@ -97,6 +97,13 @@ def target_table(entries: list[dict[str, Any]]) -> str:
     return aligned(lines)
 
 
+def product_table(products: dict[str, Any]) -> str:
+    lines = [["matrix products alone", "rows", "ms", "/ one row"]]
+    for entry in products["by_rows"]:
+        lines.append(["", str(entry["rows"]), _cell(entry["ms"]), _cell(entry["to_one_row"])])
+    return aligned(lines)
+
+
 def _row(case: Case, rounds: list[Timing], timings: Timings, tree: TreeTopology) -> dict[str, Any]:
     phases = {name: summary(t.phases[name] for t in rounds) for name in PHASES if rounds[0].phases}
     return {

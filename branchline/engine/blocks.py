@@ -23,7 +23,7 @@ class BlockPool:
     """The free ones of blocks 1 … total, and how many sequences hold each that is not free.
 
     Lowest numbers are handed out first, in ascending order, so that most of a sequence's blocks lie side by side: a
-    CPU reads memory in order two to four times as fast as in any other (`benchmarks/attention.py --blocks`).
+    CPU reads memory faster in order than in any other (`benchmarks/attention.py --blocks random` shows by how much).
     """
 
     def __init__(self, total: int) -> None:
