@@ -19,6 +19,7 @@ PROVIDERS = ("vllm", "reference")
 #: Below this many cores the workers of one machine share them all; from here on each gets its own.
 CORES_TO_SHARE_OUT = 4
 DEVICES = ("auto", "cpu", "cuda")
+_ITEMS = {str: "strings", int: "whole numbers", float: "numbers"}
 
 
 class ConfigError(ValueError):
@@ -203,7 +204,7 @@ def load(path: str | Path) -> Config:
 
 def from_mapping(tree: Mapping[str, Any]) -> Config:
     """Builds a Config from nested mappings, checking names, types and values."""
-    built: Config = _build(Config, tree, "")
+    built: Config = build(Config, tree)
     return built
 
 
@@ -218,7 +219,9 @@ def to_mapping(config: Config) -> dict[str, Any]:
     }
 
 
-def _build(cls: type, tree: Any, path: str) -> Any:
+def build(cls: type, tree: Any, path: str = "") -> Any:
+    """A frozen dataclass from nested mappings. Raises ConfigError with a field's full path, which starts with `path`,
+    for an unknown field or a value of the wrong type; the class itself may raise it for a wrong value."""
     if not isinstance(tree, Mapping):
         raise ConfigError(f"{path or 'configuration'}: must be a mapping, got {type(tree).__name__}")
     hints = typing.get_type_hints(cls)
@@ -238,12 +241,13 @@ def _build(cls: type, tree: Any, path: str) -> Any:
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, where)
+        return build(typing.cast(type, hint), value, where)
     if isinstance(hint, types.GenericAlias):
         item_type = typing.get_args(hint)[0]
-        if not isinstance(value, (list, tuple)) or not all(type(item) is item_type for item in value):
-            raise ConfigError(f"{where}: must be a list of {'strings' if item_type is str else 'whole numbers'}")
-        return tuple(value)
+        allowed = (int, float) if item_type is float else (item_type,)
+        if not isinstance(value, (list, tuple)) or not all(type(item) in allowed for item in value):
+            raise ConfigError(f"{where}: must be a list of {_ITEMS[item_type]}")
+        return tuple(item_type(item) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
