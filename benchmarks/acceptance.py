@@ -125,8 +125,8 @@ def measure(
     models: Any, tree: Any, engine: Any, requests: list[Any], categories: dict[str, str], in_flight: int
 ) -> dict[str, Any]:
     """Runs all requests; sums tokens and forwards over all of them, and by category."""
-    from benchmarks.offline import Pipeline
     from branchline.core import SpeculationStats
+    from branchline.engine.offline import Pipeline
 
     began = time.monotonic()
     outputs = Pipeline(models, tree, engine).run(requests, in_flight)

@@ -110,9 +110,9 @@ def text_of_pipeline(tree: str, temperature: float, tokens: int) -> str:
     """The same request through the benchmarks' pipeline; the tokens alone, as a plain server gives them."""
     from transformers import AutoTokenizer
 
-    from benchmarks.offline import Pipeline
     from branchline.engine.assemble import assemble
     from branchline.engine.models.locate import locate_model
+    from branchline.engine.offline import Pipeline
     from branchline.engine.tree_spec import parse_tree
 
     config = Config().override(**{"model.provider": "reference", "model.dtype": "float32", "engine.max_batch": 1})

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from model_helpers import head_config, head_tensors, save_head, save_tiny_model, tiny_config
 
-from benchmarks.offline import Pipeline
 from branchline.config import EngineConfig, ModelConfig
 from branchline.core import Request
 from branchline.engine.execute import Executor
 from branchline.engine.models.load import load_models
 from branchline.engine.models.protocol import DraftSpec, KvGeometry, Models, TargetSpec
+from branchline.engine.offline import Pipeline
 from branchline.engine.sequence import KvCaches
 from branchline.engine.tree import StaticTree, TreeTopology
 from branchline.engine.tree_spec import parse_tree

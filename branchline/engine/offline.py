@@ -1,4 +1,4 @@
-"""Prefill and decode in one process, with the hand-off's bytes between them: for benchmarks and tests of the engine."""
+"""Prefill and decode in one process, with the hand-off's bytes between them: the engine without workers."""
 
 from __future__ import annotations
 
