@@ -35,8 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     from branchline.config import Config
     from branchline.core import Request, SamplingParams
     from branchline.engine.assemble import assemble
-    from branchline.engine.models.locate import locate_model
-    from branchline.engine.tree_spec import parse_tree
+    from branchline.engine.models.locate import locate_draft, locate_model
+    from branchline.engine.tree_spec import resolve_tree
 
     config = Config().override(
         **{
@@ -73,12 +73,14 @@ def main(argv: list[str] | None = None) -> int:
         "max_tokens": options.max_tokens,
         "runs": [],
     }
+    head = locate_draft(options.draft, options.model)
     for tree in options.tree or ["chain:3", "default"]:
         for temperature in options.temperature or [0.0]:
             for noise in (True, False) if options.draft_noise == "both" else (options.draft_noise == "on",):
                 with drafting_noise(noise):
+                    topology = resolve_tree(tree, head)
                     result = measure(
-                        models, parse_tree(tree), config.engine, requests(temperature), categories, options.in_flight
+                        models, topology, config.engine, requests(temperature), categories, options.in_flight
                     )
                 run = {"tree": tree, "temperature": temperature, "draft_noise": noise} | result
                 report["runs"].append(run)

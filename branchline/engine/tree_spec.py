@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 from branchline.config import ConfigError
 from branchline.engine.tree import DynamicTree, StaticTree, TreeTopology
 
-#: What `default` stands for: the shape with the most tokens per second for the default model and head on two cores, in
-#: the order of measured acceptance (docs/engine.md). A better head or a faster machine wants a larger one.
+#: In a draft head's directory: the tree with the most tokens per second for this head, as the tool that trains heads
+#: measured it (docs/draft-heads.md). A JSON object; `default` in it is a list of choices, or `chain:K` or `dynamic:…`.
+TREE_FILE = "tree.json"
+
+#: What `default` stands for with a head that brings no tree of its own: a small shape that an undertrained head on two
+#: cores gains from, in the order of measured acceptance. A better head or a faster machine wants a larger one.
 DEFAULT_CHOICES: tuple[tuple[int, ...], ...] = ((0,), (1,), (0, 0), (2,), (0, 1))
 
 MAX_NODES = 256
@@ -32,7 +37,7 @@ def parse_tree(text: str) -> TreeTopology:
     if text.startswith("dynamic:"):
         return _dynamic(text)
     if text.startswith("static:"):
-        return StaticTree(text, _checked_choices(_read_choices(Path(text.removeprefix("static:")))))
+        return StaticTree(text, _checked_choices(_read_json(Path(text.removeprefix("static:")))))
     if text.startswith("["):
         try:
             return StaticTree(text, _checked_choices(json.loads(text)))
@@ -44,14 +49,37 @@ def parse_tree(text: str) -> TreeTopology:
     )
 
 
-def resolve_tree(text: str, has_draft: bool) -> TreeTopology:
-    """`parse_tree`, given whether there is a draft head: without one `default` means `none`; others are errors."""
+def resolve_tree(text: str, head: Path | None) -> TreeTopology:
+    """`parse_tree`, given the draft head's directory: `default` means the head's own tree where it brings one, and
+    `none` without a head; other trees are errors without one."""
     tree = parse_tree(text)
-    if has_draft or tree.num_nodes == 0:
+    if tree.num_nodes == 0:
         return tree
     if tree.spec == "default":
-        return StaticTree("none", ())
-    raise ConfigError(f"model.tree: {text} needs a draft head, and model.draft is none")
+        return StaticTree("none", ()) if head is None else _tree_of(head)
+    if head is None:
+        raise ConfigError(f"model.tree: {text} needs a draft head, and model.draft is none")
+    return tree
+
+
+def _tree_of(head: Path) -> TreeTopology:
+    """What `default` stands for with this head."""
+    path = head / TREE_FILE
+    if not path.exists():
+        return parse_tree("default")
+    value = _read_json(path)
+    chosen = value.get("default") if isinstance(value, dict) else None
+    if isinstance(chosen, str) and not chosen.startswith(("chain:", "dynamic:")):
+        chosen = None  # a file that points to yet another one would be a riddle
+    if not isinstance(chosen, str | list):
+        raise ConfigError(
+            f"model.tree: {path}: needs a `default`: a list of choices, chain:K or dynamic:DEPTH,TOPK,NODES"
+        )
+    try:
+        tree = parse_tree(chosen if isinstance(chosen, str) else json.dumps(chosen))
+    except ConfigError as error:
+        raise ConfigError(f"model.tree: {path}: {str(error).removeprefix('model.tree: ')}") from error
+    return dataclasses.replace(tree, spec="default")
 
 
 def _chain_length(text: str) -> int:
@@ -75,13 +103,13 @@ def _dynamic(text: str) -> DynamicTree:
     return DynamicTree(text, depth, top_k, nodes)
 
 
-def _read_choices(path: Path) -> object:
+def _read_json(path: Path) -> object:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"model.tree: {path}: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"model.tree: {path} is not a JSON list of choices: {error}") from error
+        raise ConfigError(f"model.tree: {path} is not JSON: {error}") from error
 
 
 def _checked_choices(value: object) -> tuple[tuple[int, ...], ...]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from branchline.config import ConfigError
 from branchline.core import DraftTree
 from branchline.engine.tree import StaticTree, topology_tensors
-from branchline.engine.tree_spec import DEFAULT_CHOICES, parse_tree, resolve_tree
+from branchline.engine.tree_spec import DEFAULT_CHOICES, TREE_FILE, parse_tree, resolve_tree
 
 
 def test_an_inline_list_of_choices() -> None:
@@ -58,11 +58,45 @@ def test_bad_trees_are_refused_by_name(text: str, message: str) -> None:
     assert message in str(caught.value)
 
 
-def test_a_tree_needs_a_draft_head() -> None:
-    assert resolve_tree("default", has_draft=False).num_nodes == 0
-    assert resolve_tree("none", has_draft=True).num_nodes == 0
+def test_a_tree_needs_a_draft_head(tmp_path: Path) -> None:
+    assert resolve_tree("default", None).num_nodes == 0
+    assert resolve_tree("none", tmp_path).num_nodes == 0
     with pytest.raises(ConfigError, match="needs a draft head"):
-        resolve_tree("chain:2", has_draft=False)
+        resolve_tree("chain:2", None)
+
+
+def test_default_is_the_tree_that_the_head_brings(tmp_path: Path) -> None:
+    assert resolve_tree("default", tmp_path).choices == DEFAULT_CHOICES
+    (tmp_path / TREE_FILE).write_text('{"default": [[0], [0, 0], [1]], "by_budget": {}}')
+    tree = resolve_tree("default", tmp_path)
+    assert (tree.spec, tree.choices) == ("default", ((0,), (0, 0), (1,)))
+    (tmp_path / TREE_FILE).write_text('{"default": "dynamic:3,2,6"}')
+    tree = resolve_tree("default", tmp_path)
+    assert (tree.spec, tree.depth, tree.num_nodes) == ("default", 3, 6)
+    assert resolve_tree("chain:2", tmp_path).num_nodes == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"default": [[0], [1, 0]]}', "not connected"),
+        ('{"default": []}', "between 1 and"),
+        ('{"default": "dynamic:3"}', "three whole numbers"),
+        ('{"default": "default"}', "needs a `default`"),
+        ('{"default": "static:/another/tree.json"}', "needs a `default`"),
+        ('{"by_budget": {}}', "needs a `default`"),
+        ("[[0]]", "needs a `default`"),
+        ('{"default": [[0]', "not JSON"),
+        ("\xff", "not JSON"),
+    ],
+)
+def test_a_damaged_tree_of_a_head_is_refused_by_its_file(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / TREE_FILE
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"^model\.tree: ") as caught:
+        resolve_tree("default", tmp_path)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 70), st.integers(1, 3))
