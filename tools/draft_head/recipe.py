@@ -64,11 +64,14 @@ class DataRecipe:
     shares: Shares = Shares()
     max_answer_tokens: int = 256
     max_prompt_tokens: int = 640
+    #: Memory for the KV cache in MiB.
+    kv_cache_mib: int = _free(2048)
     #: Compile the model with vLLM's compiler: faster, after a minute or two.
     compile: bool = _free(False)
 
     def __post_init__(self) -> None:
         _at_least(1, tokens=self.tokens, shard_conversations=self.shard_conversations, in_flight=self.in_flight)
+        _at_least(1, kv_cache_mib=self.kv_cache_mib)
         _at_least(2, max_answer_tokens=self.max_answer_tokens)
         _at_least(16, max_prompt_tokens=self.max_prompt_tokens)
         _temperatures(self.temperatures)
@@ -119,7 +122,7 @@ class TrainRecipe:
 class EvaluateRecipe:
     #: A Spec-Bench file.
     prompts: str = "benchmarks/data/spec_bench_dev.jsonl"
-    #: The first prompts of it.
+    #: Prompts of it, spread evenly over the file; as many others are probed for the best shapes.
     limit: int = 40
     max_tokens: int = 128
     #: Trees to measure, as `--tree` takes them.
