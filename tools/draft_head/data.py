@@ -30,8 +30,9 @@ Writing = Generator[Request, Written, list[Conversation]]
 
 #: Attempts at a conversation before it is given up.
 ATTEMPTS = 6
-#: How turns and passages are sampled: varied, without the tail that leads a small model astray.
-TURN_TEMPERATURE, TURN_TOP_P = 1.0, 0.95
+#: How the user's turns are sampled: varied, without the tail that leads a small model astray. min-p costs next to
+#: nothing; top-p, which the whole batch would pay for, does no better here.
+TURN_TEMPERATURE, TURN_MIN_P = 0.8, 0.05
 #: Conversations that one number can give: its own, and those that it grew from.
 PER_NUMBER = 16
 #: Tokens of a prompt that are kept free beside a passage: for the template, the instruction and a question.
@@ -134,6 +135,9 @@ class Studio:
         draw = random.Random(f"{self.recipe.seed} kind {number}")
         return draw.choices(list(KINDS), [getattr(shares, kind) for kind in KINDS])[0]
 
+    def _temperature(self, number: int) -> float:
+        return self.recipe.data.temperatures[number % len(self.recipe.data.temperatures)]
+
     def conversation(self, number: int) -> Writing:
         """One conversation, if an attempt gives one, and those that it grew from."""
         done: list[Conversation] = []
@@ -163,13 +167,13 @@ class Studio:
                 asked = script.send(text)
         except StopIteration as end:
             prompt = self._fresh(self.format.answer_prompt(end.value))
-        temperature = data.temperatures[number % len(data.temperatures)]
+        temperature = self._temperature(number)
         written = yield self._request(f"{name}=", prompt, data.max_answer_tokens, temperature)
         return Conversation(number * PER_NUMBER, kind, temperature, prompt, written.token_ids)
 
     def _turn(self, asked: Turn, name: str) -> Generator[Request, Written, str]:
         prompt = self.format.turn_prompt(asked.chat, asked.begun)
-        written = yield self._request(name, prompt, asked.tokens, TURN_TEMPERATURE, self.format.turn_ends, TURN_TOP_P)
+        written = yield self._request(name, prompt, asked.tokens, TURN_TEMPERATURE, self.format.turn_ends, TURN_MIN_P)
         said = self.format.text(written.token_ids)
         if not said.strip():
             raise RefusedError
@@ -178,7 +182,8 @@ class Studio:
     def _reply(
         self, asked: Reply, number: int, name: str, done: list[Conversation]
     ) -> Generator[Request, Written, str]:
-        prompt, temperature = self.format.answer_prompt(asked.chat), TURN_TEMPERATURE
+        # The next of the temperatures, so that these answers, too, have each of them as often.
+        prompt, temperature = self.format.answer_prompt(asked.chat), self._temperature(number + 1)
         written = yield self._request(name, prompt, asked.tokens, temperature)
         text = self.format.text(written.token_ids)
         if not text.strip():
@@ -202,13 +207,13 @@ class Studio:
         tokens: int,
         temperature: float,
         ends: tuple[int, ...] = (),
-        top_p: float = 1.0,
+        min_p: float = 0.0,
     ) -> Request:
         if len(prompt) > min(self.recipe.data.max_prompt_tokens, self.writer.max_model_len - tokens):
             raise RefusedError
         seed = int.from_bytes(hashlib.blake2b(f"{self.recipe.seed} {name}".encode(), digest_size=8).digest()) >> 1
         stops = tuple(dict.fromkeys((*self.writer.stop_token_ids, *ends)))
-        return Request(name, prompt, tokens, SamplingParams(temperature, top_p, seed=seed), stop_token_ids=stops)
+        return Request(name, prompt, tokens, SamplingParams(temperature, seed=seed, min_p=min_p), stop_token_ids=stops)
 
 
 def loops(token_ids: Sequence[int]) -> bool:

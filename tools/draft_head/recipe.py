@@ -47,8 +47,6 @@ class Shares:
 
     def __post_init__(self) -> None:
         _at_least(0, **dataclasses.asdict(self))
-        if not sum(dataclasses.astuple(self)) > 0:
-            raise ConfigError("shares: at least one must be above 0")
 
 
 @dataclass(frozen=True)
@@ -75,6 +73,8 @@ class DataRecipe:
         _at_least(2, max_answer_tokens=self.max_answer_tokens)
         _at_least(16, max_prompt_tokens=self.max_prompt_tokens)
         _temperatures(self.temperatures)
+        if not sum(dataclasses.astuple(self.shares)) > 0:
+            raise ConfigError("shares: at least one must be above 0")
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,7 @@ KINDS: dict[str, Callable[[random.Random, int], Script]] = {
 def _passage(draw: random.Random, room: int) -> Generator[Turn | Reply, str, str]:
     """One or two texts on a topic that the model names, `room` tokens together at most."""
     parts = draw.choice((1, 1, 2))
+    room = int(room * draw.choice((0.4, 0.7, 1.0)))
     form = draw.choice(wording.FORMS)
     request = yield Turn(f"Write {form} about", tokens=32)
     request = request.split("\n")[0]
