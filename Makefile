@@ -12,10 +12,10 @@ STAMP := $(VENV)/.installed
 TORCH := $(shell grep -E '^torch==' requirements/cpu.lock)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test lint proto lock clean
+.PHONY: help install demo serve draft-head test lint proto lock clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install: $(STAMP)  ## the environment in .venv; skipped while it is up to date with the lock
 
@@ -40,15 +40,21 @@ demo: install  ## serve the default model on this machine, answer three prompts,
 serve: install  ## serve the default model until Ctrl-C
 	@exec $(PY) -m cluster.cli serve $(ARGS)
 
+# One stage alone: make draft-head STAGE=evaluate ARGS="--work DIR"
+STAGE ?= all
+draft-head: install  ## train a draft head: ARGS="--work DIR --model MODEL" (docs/draft-heads.md)
+	@exec $(PY) -m tools.draft_head $(STAGE) $(ARGS)
+
 # Tiers, the quick ones first; each has its own process and its own limit in seconds. pytest exits with 5 when it
-# finds no test, which is no failure where a tier is empty.
+# finds no test, which is no failure where a tier is empty. The models tier is one process on an idle machine, so its
+# waiting threads spin for a moment before they sleep: a third faster.
 TIER = $(PY) -m pytest -q --durations=5
 test: export OMP_WAIT_POLICY = PASSIVE
 test: export HF_HUB_OFFLINE = 1
 test: install lint  ## lint, then all tests, tier by tier
 	$(TIER) --session-timeout=300 -m "not (build or models or wire or cluster)"
 	$(TIER) --session-timeout=300 -m "build and not (models or wire or cluster)" || [ $$? -eq 5 ]
-	$(TIER) --session-timeout=2000 -m "models and not (wire or cluster)" || [ $$? -eq 5 ]
+	GOMP_SPINCOUNT=30000 $(TIER) --session-timeout=2000 -m "models and not (wire or cluster)" || [ $$? -eq 5 ]
 	$(TIER) --session-timeout=1300 -m "wire and not cluster" || [ $$? -eq 5 ]
 	$(TIER) --session-timeout=1200 -m "cluster" || [ $$? -eq 5 ]
 
