@@ -1,0 +1,88 @@
+"""What an evaluation has found so far, in a file, so that a stopped one goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from branchline.config import CORES_TO_SHARE_OUT, EngineConfig
+from tools.draft_head.measure import Tally
+from tools.draft_head.recipe import Recipe, plain
+from tools.draft_head.shapes import NodeCounts
+from tools.draft_head.store import Work
+
+
+def key_of(work: Work, recipe: Recipe) -> dict[str, Any]:
+    """What an evaluation is of: the head, and everything that its figures depend on but for the machine."""
+    names = ("config.json", "model.safetensors")
+    return {
+        "head": {name: hashlib.sha256((work.head / name).read_bytes()).hexdigest() for name in names},
+        "settings": plain(recipe.evaluate),
+        "threads": decode_threads(recipe),
+    } | {name: getattr(recipe, name) for name in ("seed", "model", "provider", "device", "dtype")}
+
+
+def decode_threads(recipe: Recipe) -> int:
+    """As many as a decode worker takes on this machine, since the default tree is for it; the recipe's, if it says."""
+    cores = len(os.sched_getaffinity(0))
+    return recipe.threads or EngineConfig().threads_for("decode", cores, shared=cores < CORES_TO_SHARE_OUT)
+
+
+class Partial:
+    """Counts and tallies, saved with each addition. A file of another key is left out of account."""
+
+    def __init__(self, path: Path, key: Mapping[str, Any]) -> None:
+        self._path = path
+        self._content: dict[str, Any] = {"key": dict(key), "probe": {}, "measured": 0, "tallies": {}}
+        if path.exists():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["key"] == self._content["key"]:
+                self._content = content
+
+    def probed(self, temperature: float) -> int:
+        """Parts that have been probed."""
+        return int(self._content["probe"].get(str(temperature), {"parts": 0})["parts"])
+
+    def counts(self, temperature: float) -> NodeCounts:
+        entry = self._content["probe"].get(str(temperature))
+        if entry is None:
+            return NodeCounts(0, {})
+        return NodeCounts(entry["steps"], {tuple(path): count for path, count in entry["accepted"]})
+
+    def add_counts(self, temperature: float, counts: NodeCounts) -> None:
+        total = self.counts(temperature) + counts
+        self._content["probe"][str(temperature)] = {
+            "parts": self.probed(temperature) + 1,
+            "steps": total.steps,
+            "accepted": [[list(path), count] for path, count in total.accepted.items()],
+        }
+        self._save()
+
+    @property
+    def measured(self) -> int:
+        """Parts that have been measured with every tree."""
+        return int(self._content["measured"])
+
+    def tally(self, tree: str, temperature: float) -> Tally:
+        entry = self._content["tallies"].get(f"{tree} at {temperature}")
+        if entry is None:
+            return Tally()
+        categories = {name: (forwards, accepted) for name, (forwards, accepted) in entry["categories"].items()}
+        return Tally(**entry | {"lengths": tuple(entry["lengths"]), "categories": categories})
+
+    def add_tallies(self, found: Mapping[tuple[str, float], Tally]) -> None:
+        """A part's, of every tree."""
+        for (tree, temperature), tally in found.items():
+            self._content["tallies"][f"{tree} at {temperature}"] = asdict(self.tally(tree, temperature) + tally)
+        self._content["measured"] += 1
+        self._save()
+
+    def _save(self) -> None:
+        temporary = self._path.with_name(f".{self._path.name}.tmp")
+        temporary.write_text(json.dumps(self._content), encoding="utf-8")
+        os.replace(temporary, self._path)

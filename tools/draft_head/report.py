@@ -1,0 +1,105 @@
+"""An evaluation as JSON, as the head's tree file, and as a table."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from branchline.engine.tree import StaticTree, TreeTopology
+from tools.draft_head.measure import Tally
+from tools.draft_head.shapes import NodeCounts, expected_length
+
+PLAIN = "none"
+#: How the trees are called that the search found.
+BEST = "best:"
+#: A list of numbers, or of such lists, that `json.dumps` has spread over lines.
+_SPREAD = re.compile(r"\[[\s\d.,\[\]-]*\]")
+
+
+def counts(entry: NodeCounts) -> dict[str, Any]:
+    """The probe's: nodes that were accepted at least once, as `[path, count]`, the most frequent first."""
+    found = sorted(((list(path), count) for path, count in entry.accepted.items() if count), key=lambda pair: -pair[1])
+    return {"nodes": len(entry.accepted), "steps": entry.steps, "accepted": found}
+
+
+def shape(tree: TreeTopology, probed: NodeCounts) -> dict[str, Any]:
+    """`configured`: what `--tree` takes for it. `expected`: tokens for each forward, by the probe's counts."""
+    facts: dict[str, Any] = {"nodes": tree.num_nodes, "depth": tree.depth}
+    if not isinstance(tree, StaticTree):
+        return facts | {"configured": tree.spec}
+    if probed.accepted.keys() >= set(tree.choices):
+        facts["expected"] = round(expected_length(tree.choices, probed), 4)
+    return facts | {"configured": [list(choice) for choice in tree.choices] or PLAIN}
+
+
+def runs(tallies: Mapping[tuple[str, float], Tally], temperatures: Iterable[float]) -> list[dict[str, Any]]:
+    """One entry a tree and temperature, with the ratio to plain decoding at that temperature; then one a tree over all
+    temperatures, by whose tokens per second the default is chosen."""
+    entries = []
+    names = dict.fromkeys(name for name, _ in tallies)
+    for name in names:
+        for temperature in temperatures:
+            tally, plain = tallies[name, temperature], tallies[PLAIN, temperature]
+            entries.append({"tree": name, "temperature": temperature} | tally.figures() | _gain(tally, plain))
+        overall, plain = (sum((tallies[each, t] for t in temperatures), Tally()) for each in (name, PLAIN))
+        entries.append({"tree": name, "temperature": "all"} | overall.figures() | _gain(overall, plain))
+    return entries
+
+
+def _gain(tally: Tally, plain: Tally) -> dict[str, float]:
+    return {"to_plain": round(tally.tokens_per_s / plain.tokens_per_s, 4) if plain.tokens_per_s else 0.0}
+
+
+def run_of(evaluation: Mapping[str, Any], tree: str, temperature: float | str) -> dict[str, Any]:
+    return next(dict(e) for e in evaluation["runs"] if (e["tree"], e["temperature"]) == (tree, temperature))
+
+
+def fastest(evaluation: Mapping[str, Any]) -> str:
+    """The tree with the most tokens per second over all temperatures; plain decoding is none."""
+    names: list[str] = [name for name in evaluation["trees"] if name != PLAIN]
+    return max(names, key=lambda name: float(run_of(evaluation, name, "all")["tokens_per_s"]))
+
+
+def tree_file(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """What the engine takes for `default` with this head, the best shapes by budget, and what was measured."""
+    chosen = fastest(evaluation)
+    trees = evaluation["trees"]
+    found = {name.removeprefix(BEST): tree["configured"] for name, tree in trees.items() if name.startswith(BEST)}
+    overall = run_of(evaluation, chosen, "all")
+    measured = {name: overall[name] for name in ("acceptance_length", "tokens_per_s", "to_plain")}
+    machine = {name: evaluation["machine"][name] for name in ("processor", "gpu", "date")}
+    return {
+        "default": trees[chosen]["configured"],
+        "by_budget": found,
+        "measured": measured | {"temperatures": evaluation["key"]["settings"]["temperatures"]} | machine,
+    }
+
+
+def table(evaluation: Mapping[str, Any]) -> str:
+    """Markdown: acceptance length, tokens per second and their ratio to plain decoding, by tree and temperature."""
+    temperatures = evaluation["key"]["settings"]["temperatures"]
+    head = ["tree", "nodes", "depth"]
+    head += [f"{what} at {t:g}" for t in temperatures for what in ("length", "tokens/s", "x plain")]
+    lines = [head, ["---"] * len(head)]
+    for name, tree in evaluation["trees"].items():
+        row = [f"`{name}`", str(tree["nodes"]), str(tree["depth"])]
+        for temperature in temperatures:
+            run = run_of(evaluation, name, temperature)
+            row += [f"{run['acceptance_length']:.2f}", f"{run['tokens_per_s']:.1f}", f"{run['to_plain']:.2f}"]
+        lines.append(row)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def verdict(evaluation: Mapping[str, Any]) -> str:
+    """One line: what the default is, and what it gains."""
+    chosen = fastest(evaluation)
+    gain = float(run_of(evaluation, chosen, "all")["to_plain"])
+    line: str = f"default: {chosen}, {gain:.2f} times the tokens per second of plain decoding, over all temperatures"
+    return line if gain > 1 else f"{line}: on this machine the head is no gain"
+
+
+def dumps(value: object) -> str:
+    """Indented JSON in which lists of numbers, paths and their lists, stay on a line."""
+    return _SPREAD.sub(lambda match: re.sub(r"\s+", "", match[0]).replace(",", ", "), json.dumps(value, indent=1))
