@@ -13,6 +13,7 @@ from tiny_chat import save_chat_model
 from branchline.config import Config, ConfigError
 from branchline.core import Request, SamplingParams
 from branchline.engine.assemble import assemble
+from branchline.engine.decode import Allocation, DecodeRunner, Step
 from branchline.engine.models.locate import locate_model
 from branchline.engine.models.protocol import ModelError, Models
 from branchline.engine.offline import Pipeline
@@ -135,8 +136,19 @@ def test_prompts_that_never_fit_end_the_run(tiny: Recipe, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("memory_mib", [1, 64])
-def test_the_writer_writes_what_one_request_alone_gets(tiny: Recipe, memory_mib: int) -> None:
+def test_the_writer_writes_what_one_request_alone_gets(
+    tiny: Recipe, memory_mib: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Prompts of many lengths at once, some with the shared beginning; in little memory some are preempted."""
+    preempted: list[Allocation] = []
+    step = DecodeRunner.step
+
+    def watched(runner: DecodeRunner) -> Step:
+        done = step(runner)
+        preempted.extend(done.preempted)
+        return done
+
+    monkeypatch.setattr(DecodeRunner, "step", watched)
     models, draw = load(tiny), random.Random(0)
     shared = tuple(draw.randrange(3, 300) for _ in range(40))
     requests = []
@@ -147,7 +159,7 @@ def test_the_writer_writes_what_one_request_alone_gets(tiny: Recipe, memory_mib:
         stops = models.target.spec.eos_token_ids
         requests.append(Request(str(number), prompt, draw.choice((1, 40)), sampling, stop_token_ids=stops))
     config = Config().override(
-        **{"engine.kv_cache_mib": memory_mib, "engine.max_batch": 9, "engine.max_model_len": 160}
+        **{"engine.kv_cache_mib": memory_mib, "engine.max_batch": 17, "engine.max_model_len": 160}
     )
     writer = Writer(models, config.engine, cut=lambda _: False)
     writer.share(shared)
@@ -156,6 +168,7 @@ def test_the_writer_writes_what_one_request_alone_gets(tiny: Recipe, memory_mib:
     found: dict[str, tuple[int, ...]] = {}
     while len(found) < len(requests):
         found |= {written.request_id: written.token_ids for written in writer.step()}
+    assert bool(preempted) == (memory_mib == 1)
     expected = Pipeline(models, parse_tree("none"), Config().engine).run(requests)
     assert found == {name: tuple(output.token_ids) for name, output in expected.items()}
 

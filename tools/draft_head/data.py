@@ -163,7 +163,7 @@ class Studio:
                 if isinstance(asked, Turn):
                     text = yield from self._turn(asked, name)
                 else:
-                    text = yield from self._reply(asked, number, name, done)
+                    text = yield from self._reply(asked, number, attempt, name, done)
                 asked = script.send(text)
         except StopIteration as end:
             prompt = self._fresh(self.format.answer_prompt(end.value))
@@ -180,10 +180,10 @@ class Studio:
         return (asked.begun + said).strip()
 
     def _reply(
-        self, asked: Reply, number: int, name: str, done: list[Conversation]
+        self, asked: Reply, number: int, attempt: int, name: str, done: list[Conversation]
     ) -> Generator[Request, Written, str]:
         # The next of the temperatures, so that these answers, too, have each of them as often.
-        prompt, temperature = self.format.answer_prompt(asked.chat), self._temperature(number + 1)
+        prompt, temperature = self.format.answer_prompt(asked.chat), self._temperature(number + attempt + 1)
         written = yield self._request(name, prompt, asked.tokens, temperature)
         text = self.format.text(written.token_ids)
         if not text.strip():
@@ -192,6 +192,8 @@ class Studio:
             self.known.add(prompt)
             answer = written.token_ids[: self.recipe.data.max_answer_tokens]
             done.append(Conversation(number * PER_NUMBER + 1 + len(done), asked.keep, temperature, prompt, answer))
+        if written.finish is None:  # it was cut where it looped: an answer to learn from, but no passage to ask about
+            raise RefusedError
         return text
 
     def _fresh(self, prompt: tuple[int, ...]) -> tuple[int, ...]:
