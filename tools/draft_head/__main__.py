@@ -39,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
         if recipe.threads:  # before torch is imported
             os.environ["OMP_NUM_THREADS"] = str(recipe.threads)
         from branchline.engine.models.errors import ModelError
+        from branchline.wire.memory import keep_large_buffers
+
+        keep_large_buffers()  # tensors of many MiB come and go in every step
 
         try:
             work.begin(recipe)
