@@ -1,0 +1,126 @@
+"""One step of training, and one measurement, on one batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from tools.draft_head.batches import Batch
+from tools.draft_head.head import DraftHead, Rows
+from tools.draft_head.loss import ROWS, StepTargets, soft_cross_entropy
+from tools.draft_head.recipe import TrainRecipe
+from tools.draft_head.target import TargetParts
+
+#: What `Sums` counts, by column.
+LOSS, LEARNED, AGREED, COUNTED = range(4)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """By step of the training-time test: the mean loss of the rows that are learned from, and the part of all rows in
+    which the head's first choice is the target's."""
+
+    loss: tuple[float, ...]
+    agreement: tuple[float, ...]
+
+    @classmethod
+    def of(cls, sums: torch.Tensor) -> Metrics:
+        """From sums `[steps, 4]`; waits for the device."""
+        rows = sums.tolist()
+        loss = tuple(round(row[LOSS] / max(row[LEARNED], 1), 4) for row in rows)
+        return cls(loss, tuple(round(row[AGREED] / max(row[COUNTED], 1), 4) for row in rows))
+
+
+class Trainer:
+    """A head in training on one device. `dtype` is that of the products; parameters and their moments are float32."""
+
+    def __init__(
+        self,
+        head: DraftHead,
+        target: TargetParts,
+        target_token_ids: torch.Tensor,
+        recipe: TrainRecipe,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.head = head.to(device)
+        self._recipe, self._device = recipe, device
+        self._embedding = target.embedding.to(device, dtype)
+        self._output = target.output[target_token_ids].to(device, dtype)
+        entries = torch.full((len(target.embedding),), -1)
+        entries[target_token_ids] = torch.arange(len(target_token_ids))
+        self._entries = entries.to(device)
+        matrices = [parameter for parameter in head.parameters() if parameter.ndim > 1]
+        norms = [parameter for parameter in head.parameters() if parameter.ndim == 1]
+        groups = [
+            {"params": matrices, "weight_decay": recipe.weight_decay},
+            {"params": norms, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95), fused=True)
+
+    def learn(self, batch: Batch, rate: float, *, measure: bool) -> torch.Tensor:
+        """One optimiser step with a learning rate; returns sums `[steps, 4]`, meaningful if `measure`."""
+        loss, sums = self._loss(self._moved(batch), measure)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.head.parameters(), self._recipe.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return sums
+
+    @torch.no_grad()
+    def measure(self, batch: Batch) -> torch.Tensor:
+        """Sums `[steps, 4]` of a batch that isn't learned from."""
+        return self._loss(self._moved(batch), True)[1]
+
+    def _loss(self, batch: Batch, measure: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        steps, rows = self._recipe.ttt_steps, len(batch.hidden)
+        probabilities = self._probabilities(batch.hidden, steps)
+        choices = torch.nn.functional.pad(self._entries[batch.choices], (0, steps), value=-1)
+        total = torch.zeros((), device=self._device)
+        sums = torch.zeros(steps, 4, dtype=torch.float32, device=self._device)
+        share = 1.0
+        for step, states in enumerate(self.head(batch.rows, self._embedding, steps)):
+            # What row r of step k predicts is what row r + k of step 0 does.
+            shifted = slice(step, step + rows)
+            targets = StepTargets(probabilities[shifted], choices[shifted], batch.left > step)
+            result = soft_cross_entropy(states, self.head.lm_head.weight, targets, measure=measure)
+            if step == 0:
+                mean = 1.0 / targets.learned.sum().clamp(min=1)
+            total = total + share * mean * result.loss
+            share *= self._recipe.ttt_decay
+            if result.value is not None and result.agreed is not None:
+                counts = (result.value, targets.learned.sum(), result.agreed, targets.counted.sum())
+                sums[step] = torch.stack([count.float() for count in counts])
+        return total, sums
+
+    @torch.no_grad()
+    def _probabilities(self, hidden: torch.Tensor, steps: int) -> torch.Tensor:
+        """The target's, over the draft vocabulary, `[rows + steps, draft_vocab]`: the last rows are there to be read by
+        rows that don't count."""
+        result = torch.zeros(len(hidden) + steps, len(self._output), dtype=self._output.dtype, device=self._device)
+        for start in range(0, len(hidden), ROWS):
+            logits = hidden[start : start + ROWS] @ self._output.T
+            torch.softmax(logits, -1, out=result[start : start + len(logits)])
+        return result
+
+    def _moved(self, batch: Batch) -> Batch:
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(self._device, non_blocking=True)
+
+        rows, dtype = batch.rows, self._embedding.dtype
+        on_device = Rows(moved(rows.tokens), moved(rows.auxiliary).to(dtype), moved(rows.positions), rows.spans)
+        hidden = moved(batch.hidden).to(dtype)
+        return replace(batch, rows=on_device, hidden=hidden, choices=moved(batch.choices), left=moved(batch.left))
+
+
+def learning_rate(recipe: TrainRecipe, step: int, total: int) -> float:
+    """Rises in a line, then falls along half a cosine to nothing. Steps count from 0."""
+    warm = max(1, round(recipe.warmup * total))
+    if step < warm:
+        return recipe.learning_rate * (step + 1) / warm
+    part = (step - warm) / max(1, total - warm)
+    return recipe.learning_rate * 0.5 * (1.0 + math.cos(math.pi * part))
