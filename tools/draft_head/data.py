@@ -92,7 +92,7 @@ class Studio:
                 "model.provider": recipe.provider,
                 "model.device": recipe.device,
                 "engine.threads": recipe.threads,
-                "engine.compile": data.compile,
+                "engine.compile": data.compile and recipe.provider == "vllm",
                 "engine.kv_cache_mib": data.kv_cache_mib,
                 "engine.max_batch": data.in_flight + 1,  # one slot keeps what all prompts begin with
                 "engine.batch_buckets": [1, 2, 4, *range(8, data.in_flight, 8), data.in_flight],

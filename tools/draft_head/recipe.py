@@ -64,7 +64,7 @@ class DataRecipe:
     max_prompt_tokens: int = 640
     #: Memory for the KV cache in MiB.
     kv_cache_mib: int = _free(2048)
-    #: Compile the model with vLLM's compiler: faster, after a minute or two.
+    #: Compile the model with vLLM's compiler, where the provider is vllm: faster, after a minute or two.
     compile: bool = _free(False)
 
     def __post_init__(self) -> None:
