@@ -172,6 +172,15 @@ def test_training_goes_on_from_a_head(work: Work, recipe: Recipe, tmp_path: Path
     assert after[0]["loss"][0] < 0.5 * (before[0]["loss"][0] + before[-1]["loss"][0])
 
 
+def test_more_data_are_refused_once_training_has_begun(work: Work, recipe: Recipe) -> None:
+    recipe = replace(recipe, train=replace(recipe.train, epochs=1))
+    train.run(work, recipe, print)
+    work.write_conversations(work.data_shard(2), conversations()[:9])
+    features.run(work, recipe, print)
+    with pytest.raises(ConfigError, match=r"begun with the data for .* steps, now they make"):
+        train.run(work, recipe, print)
+
+
 def test_what_is_missing_is_named(tmp_path: Path, recipe: Recipe) -> None:
     with pytest.raises(ModelError, match="nothing to train on"):
         train.run(Work(tmp_path), recipe, print)

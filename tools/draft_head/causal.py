@@ -60,7 +60,7 @@ def context_attention(
     Returns what it reads, of query's shape, and the logarithm of the softmax's sum `[learned, heads]`, in float32 or
     better.
     """
-    result: tuple[torch.Tensor, torch.Tensor] = _ContextAttention.apply(
+    result: tuple[torch.Tensor, torch.Tensor] = _ContextAttention.apply(  # type: ignore[no-untyped-call]
         query, context_key, context_value, key, value, spans
     )
     return result
@@ -137,8 +137,8 @@ class CausalAttention:
         window: int | None = None,
     ) -> torch.Tensor:
         """See protocol.Attention."""
-        parts = zip(*(tensor.split(self._lengths) for tensor in (query, key, value)), strict=True)
-        return torch.cat([_causal(*part, window) for part in parts])
+        queries, keys, values = (torch.split(tensor, list(self._lengths)) for tensor in (query, key, value))
+        return torch.cat([_causal(*parts, window) for parts in zip(queries, keys, values, strict=True)])
 
 
 def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None) -> torch.Tensor:
@@ -147,9 +147,12 @@ def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window:
     mask = None
     if window is not None and window < tokens:
         mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril().triu(1 - window)
-    by_head = (query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1))
     attended = F.scaled_dot_product_attention(
-        *(tensor.transpose(0, 1)[None] for tensor in by_head), attn_mask=mask, is_causal=mask is None
+        query.transpose(0, 1)[None],
+        key.repeat_interleave(group, 1).transpose(0, 1)[None],
+        value.repeat_interleave(group, 1).transpose(0, 1)[None],
+        attn_mask=mask,
+        is_causal=mask is None,
     )
     return attended[0].transpose(0, 1)
 

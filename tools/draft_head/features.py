@@ -117,7 +117,7 @@ def passes(conversations: list[Conversation], max_tokens: int) -> Iterator[list[
 
 def _first_choices(models: Models, hidden: torch.Tensor) -> torch.Tensor:
     vocab = models.target.spec.vocab_size
-    chosen = [models.target.logits(rows)[:, :vocab].argmax(-1) for rows in hidden.split(_LOGIT_ROWS)]
+    chosen = [models.target.logits(rows)[:, :vocab].argmax(-1) for rows in torch.split(hidden, _LOGIT_ROWS)]
     return torch.cat(chosen).to("cpu", torch.int32)
 
 

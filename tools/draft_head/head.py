@@ -77,9 +77,11 @@ class DraftHead(nn.Module):
         for step in range(steps):
             normed = weights.normed(hidden, weights.hidden_norm)
             qkv = learned_tokens[step : step + learned] + F.linear(normed, weights.qkv_hidden)
-            turned, value = self._heads(qkv).split([config.num_heads + config.num_kv_heads, config.num_kv_heads], 1)
+            turned, value = torch.split(
+                self._heads(qkv), [config.num_heads + config.num_kv_heads, config.num_kv_heads], 1
+            )
             turned = rotary(rows.positions[context:] + step)(turned)
-            query, key = turned.split([config.num_heads, config.num_kv_heads], 1)
+            query, key = torch.split(turned, [config.num_heads, config.num_kv_heads], 1)
             if step == 0:
                 base = (context_key, context_value, key, value)
             else:
@@ -148,8 +150,7 @@ class _Weights:
         layer = head.midlayer
 
         def merged(module: nn.ModuleDict, *names: str) -> torch.Tensor:
-            weights = [module[name].get_parameter("weight") for name in names]
-            return torch.cat(weights).to(dtype)
+            return torch.cat(tuple(module[name].get_parameter("weight") for name in names)).to(dtype)
 
         qkv = merged(layer.self_attn, "q_proj", "k_proj", "v_proj")
         hidden = head.config.hidden_size

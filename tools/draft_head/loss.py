@@ -49,7 +49,7 @@ def soft_cross_entropy(
     Without `measure`, `loss` is right in its gradient only, and its value is zero: telling it takes a few more passes
     over the logits.
     """
-    loss, value, agreed = _SoftCrossEntropy.apply(states, weight, targets, measure)
+    loss, value, agreed = _SoftCrossEntropy.apply(states, weight, targets, measure)  # type: ignore[no-untyped-call]
     return StepLoss(loss, value if measure else None, agreed if measure else None)
 
 

@@ -6,7 +6,6 @@ and the step alone, and nothing else is random.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from branchline.config import ConfigError
 from branchline.engine.models.load import pick_device
 from branchline.engine.models.locate import locate_model
 from branchline.engine.models.protocol import KvGeometry, TargetSpec
@@ -32,8 +32,6 @@ from tools.draft_head.vocabulary import settle
 
 #: How often the held-out conversations are measured in a whole run.
 _MEASUREMENTS = 20
-#: glibc's names for two settings of malloc.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def run(work: Work, recipe: Recipe, say: Callable[[str], None]) -> None:
@@ -41,7 +39,6 @@ def run(work: Work, recipe: Recipe, say: Callable[[str], None]) -> None:
     device = pick_device(recipe.device)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    keep_freed_memory()
     target = read_target(locate_model(recipe.model, say))
     before = read_head(Path(recipe.train.start).expanduser(), _spec(target)) if recipe.train.start else None
     features = Features(work.feature_shards())
@@ -105,7 +102,7 @@ class _Data:
 
 def _train(work: Work, recipe: TrainRecipe, say: Callable[[str], None], trainer: Trainer, data: _Data) -> None:
     total = len(data.plan)
-    first = _resume(work, trainer)
+    first = _resume(work, trainer, total)
     if first >= total:
         say(f"train: all {total:,} steps are done")
         return
@@ -134,21 +131,26 @@ def _train(work: Work, recipe: TrainRecipe, say: Callable[[str], None], trainer:
                     )
             progress.add(data.learned_tokens(step, step + 1), note)
             if last or time.monotonic() - saved >= recipe.checkpoint_every_s:
-                _save(work, trainer, step + 1)
+                _save(work, trainer, step + 1, total)
                 saved = time.monotonic()
 
 
-def _save(work: Work, trainer: Trainer, step: int) -> None:
-    state = {"step": step, "head": trainer.head.state_dict(), "optimizer": trainer.optimizer.state_dict()}
+def _save(work: Work, trainer: Trainer, step: int, total: int) -> None:
+    state = {"step": step, "of": total, "head": trainer.head.state_dict(), "optimizer": trainer.optimizer.state_dict()}
     with work.writing(work.checkpoint) as temporary:
         torch.save(state, temporary)
 
 
-def _resume(work: Work, trainer: Trainer) -> int:
-    """The number of steps that are done."""
+def _resume(work: Work, trainer: Trainer, total: int) -> int:
+    """The number of steps that are done. Raises ConfigError if the data are not those that the training began with."""
     if not work.checkpoint.exists():
         return 0
     state = torch.load(work.checkpoint, map_location="cpu", weights_only=True)
+    if state["of"] != total:
+        raise ConfigError(
+            f"{work.checkpoint} was begun with the data for {state['of']:,} steps, now they make {total:,}; "
+            "to train on with more data, take another directory and name this one's head as train.start"
+        )
     trainer.head.load_state_dict(state["head"])
     trainer.optimizer.load_state_dict(state["optimizer"])
     return int(state["step"])
@@ -167,17 +169,6 @@ class _Log:
     def write(self, entry: dict[str, object]) -> None:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep what is freed: by default large tensors go back to the kernel and come again page by page,
-    which costs more than computing with them."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    except (OSError, AttributeError):
-        pass  # another C library, with habits of its own
 
 
 def _percent(agreement: tuple[float, ...]) -> str:

@@ -53,8 +53,9 @@ def read(path: Path) -> Vocabulary:
 
 
 def settle(work: Work, size: int, target: TargetParts, features: Features, before: HeadTensors | None) -> Vocabulary:
-    """The work's vocabulary, chosen at the first call. Going on from a head with as many tokens keeps its own."""
-    if work.vocabulary.exists():
+    """The work's vocabulary, settled with the first checkpoint. Going on from a head with as many tokens keeps its
+    own."""
+    if work.vocabulary.exists() and work.checkpoint.exists():
         return read(work.vocabulary)
     size = min(size, target.config.vocab_size)
     answers = (features.answer(sample) for sample in features.samples)
