@@ -5,8 +5,8 @@
 
 Microseconds per layer over a cache of several layers, taken in turn. The queries are a random tree's nodes behind the
 context (from 64 on, a prompt's chunk). A sequence's blocks lie side by side (`--blocks ordered`), as they mostly do in
-a server, or anywhere (`--blocks random`). Each figure is the least of several medians, since other work on a machine only
-adds. `sdpa` is what stands to reason without a kernel of one's own: write, gather, one call with a mask.
+a server, or anywhere (`--blocks random`). Each figure is the least of several medians, since other work on a machine
+only adds. `sdpa` is what stands to reason without a kernel of one's own: write, gather, one call with a mask.
 """
 
 from __future__ import annotations
