@@ -157,9 +157,9 @@ def test_the_writer_writes_what_one_request_alone_gets(
         prompt = shared + prompt if number % 3 else prompt
         sampling = SamplingParams(draw.choice((0.0, 1.0)), draw.choice((0.9, 1.0)), seed=number)
         stops = models.target.spec.eos_token_ids
-        requests.append(Request(str(number), prompt, draw.choice((1, 40)), sampling, stop_token_ids=stops))
+        requests.append(Request(str(number), prompt, draw.choice((1, 80, 80)), sampling, stop_token_ids=stops))
     config = Config().override(
-        **{"engine.kv_cache_mib": memory_mib, "engine.max_batch": 17, "engine.max_model_len": 160}
+        **{"engine.kv_cache_mib": memory_mib, "engine.max_batch": 17, "engine.max_model_len": 192}
     )
     writer = Writer(models, config.engine, cut=lambda _: False)
     writer.share(shared)
@@ -168,6 +168,7 @@ def test_the_writer_writes_what_one_request_alone_gets(
     found: dict[str, tuple[int, ...]] = {}
     while len(found) < len(requests):
         found |= {written.request_id: written.token_ids for written in writer.step()}
+    assert writer.tokens == sum(map(len, found.values()))
     assert bool(preempted) == (memory_mib == 1)
     expected = Pipeline(models, parse_tree("none"), Config().engine).run(requests)
     assert found == {name: tuple(output.token_ids) for name, output in expected.items()}

@@ -59,10 +59,12 @@ def run(work: Work, recipe: Recipe, say: Say) -> None:
     with Progress(recipe.data.tokens, "answer tokens", say, done=tokens) as progress:
         index = len(shards)
         while tokens < recipe.data.tokens:
-            shard = []
-            for conversation in studio.shard(index):
-                shard.append(conversation)
-                progress.add(len(conversation.answer))
+            shard: list[Conversation] = []
+            for done in studio.shard(index):
+                shard += done
+                # A shard's first conversations end late: what is written meanwhile shows that it goes on.
+                note = f"{studio.writer.tokens:,} tokens written in all"
+                progress.add(sum(len(conversation.answer) for conversation in done), note)
             if not shard:
                 raise ConfigError(f"data.max_prompt_tokens: nothing fits {recipe.data.max_prompt_tokens} tokens")
             work.write_conversations(work.data_shard(index), sorted(shard, key=lambda one: one.id))
@@ -105,8 +107,8 @@ class Studio:
         writer.share(chats.turn_prompt((), ""))
         return cls(recipe, chats, writer, known)
 
-    def shard(self, index: int) -> Iterator[Conversation]:
-        """The conversations of a shard, in the order in which they end."""
+    def shard(self, index: int) -> Iterator[list[Conversation]]:
+        """The conversations of a shard, in the order in which they end: those that each step ends."""
         count = self.recipe.data.shard_conversations
         order = list(KINDS)
         numbers = sorted(range(index * count, (index + 1) * count), key=lambda number: order.index(self.kind(number)))
@@ -117,7 +119,7 @@ class Studio:
                 done += self._go_on(self.conversation(waiting.popleft()), None, writing)
             for written in self.writer.step():
                 done += self._go_on(writing.pop(written.request_id), written, writing)
-            yield from done
+            yield done
 
     def _go_on(self, one: Writing, written: Written | None, writing: dict[str, Writing]) -> list[Conversation]:
         """Takes a conversation to its next request, or to its end."""

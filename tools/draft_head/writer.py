@@ -53,6 +53,8 @@ class Writer:
         self._running: dict[Allocation, _Sequence] = {}
         self._shared: tuple[tuple[int, ...], Allocation | None] = ((), None)
         self._ranks = itertools.count()
+        #: Tokens that it has written, those of requests that still run included.
+        self.tokens = 0
 
     @property
     def max_model_len(self) -> int:
@@ -85,6 +87,7 @@ class Writer:
         for result in step.results:
             sequence = self._running[result.allocation]
             sequence.token_ids += result.token_ids
+            self.tokens += len(result.token_ids)
             if result.finish is not None or self._cut(sequence.token_ids):
                 ended.append(self._end(sequence, result.finish))
         for allocation in step.preempted:
@@ -115,6 +118,7 @@ class Writer:
             for sequence, token_id in zip(group, self._first_tokens(group), strict=True):
                 self._running[sequence.allocation] = sequence
                 sequence.token_ids.append(token_id)
+                self.tokens += 1
                 finish = sequence.request.finish_after(token_id)
                 if finish is None:
                     self._decode.start(sequence.allocation, sequence.request, token_id, DraftTree(), False)
