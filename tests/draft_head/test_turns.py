@@ -64,6 +64,11 @@ def test_a_question_of_a_word_is_refused() -> None:
         played(question.__name__, 1, lambda _: "Who?")
 
 
+def test_a_word_problem_comes_without_its_solution() -> None:
+    _, chat = played("math", 1, lambda _: "Tom has two apples.\nHow many are left?\n\nTo solve this, count.")
+    assert chat[0]["content"] == "Tom has two apples.\nHow many are left?"
+
+
 def test_half_of_the_translations_are_from_german_and_one_line() -> None:
     chats = [played(translate.__name__, seed, ordinary)[1] for seed in range(300)]
     texts = [chat[0]["content"] for chat in chats]

@@ -68,8 +68,9 @@ def question(draw: random.Random, _: int) -> Script:
 
 
 def math(draw: random.Random, _: int) -> Script:
-    """A word problem."""
-    return (user((yield Turn(draw.choice(wording.MATH_SEEDS), tokens=128))),)
+    """A word problem, without the solution that a small model likes to add."""
+    text = yield Turn(draw.choice(wording.MATH_SEEDS), tokens=128)
+    return (user(text.split("\n\n")[0]),)
 
 
 def translate(draw: random.Random, _: int) -> Script:
