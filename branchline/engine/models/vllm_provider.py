@@ -64,7 +64,8 @@ from branchline.engine.models.protocol import (
 )
 from branchline.engine.tree_spec import MAX_NODES
 
-#: vLLM keeps the current configuration and the current forward context in module globals: one thread at a time.
+#: vLLM keeps the current configuration and the current forward context in module globals, and its products on the CPU
+#: share scratch memory: one thread at a time.
 _LOADING = threading.Lock()
 _FORWARD = threading.Lock()
 
@@ -203,7 +204,8 @@ class VllmTarget:
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[tokens, hidden_size]` -> `[tokens, vocab_size]`."""
-        logits: torch.Tensor = self._module.model.compute_logits(hidden)
+        with _FORWARD:
+            logits: torch.Tensor = self._module.model.compute_logits(hidden)
         return logits
 
 
@@ -218,7 +220,8 @@ class VllmDraft:
     @torch.no_grad()
     def fuse(self, auxiliary: torch.Tensor) -> torch.Tensor:
         """`[tokens, 3 * hidden_size]` -> `[tokens, hidden_size]`."""
-        fused: torch.Tensor = self._module.model.combine_hidden_states(auxiliary)
+        with _FORWARD:
+            fused: torch.Tensor = self._module.model.combine_hidden_states(auxiliary)
         return fused
 
     @torch.no_grad()
@@ -234,7 +237,8 @@ class VllmDraft:
     def logits(self, normed: torch.Tensor) -> torch.Tensor:
         """`[tokens, hidden_size]` -> `[tokens, draft_vocab_size]`; vLLM's `compute_logits` would widen them."""
         model = self._module.model
-        logits: torch.Tensor = model.logits_processor(model.lm_head, normed)
+        with _FORWARD:
+            logits: torch.Tensor = model.logits_processor(model.lm_head, normed)
         return logits
 
 
