@@ -73,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     if report["targets"]:
         say(engine_report.target_table(targets) + "\n")
         report["products"] = products(options, trees)
-        say(engine_report.product_table(report["products"]) + "\n")
+        if report["products"]:
+            say(engine_report.product_table(report["products"]) + "\n")
     if options.provider == "reference":
         report["floor"] = floor(options, models, trees)
         say("\n" + floor_table(report["floor"]["by_tree"]) + "\n")
@@ -122,15 +123,20 @@ def phases(options: argparse.Namespace, models: Models, trees: dict[str, TreeTop
 
 
 def products(options: argparse.Namespace, trees: dict[str, TreeTopology]) -> dict[str, Any]:
-    """The matrix products alone: what a tree's rows cost beside one."""
+    """The matrix products alone: what a tree's rows cost beside one. Nothing for models that aren't Llama's kind."""
     import torch
 
     from benchmarks.engine_products import measure
     from branchline.engine.models.checkpoint import read_config
     from branchline.engine.models.locate import locate_model
+    from branchline.engine.models.protocol import ModelError
     from branchline.engine.models.reference_config import parse_target
 
-    config = parse_target(read_config(locate_model(options.model)))
+    try:
+        config = parse_target(read_config(locate_model(options.model)))
+    except ModelError as error:
+        say(f"matrix products alone: left out, {error}")
+        return {}
     nodes = sorted({tree.num_nodes for tree in trees.values()} - {0})
     return measure(config, getattr(torch, options.dtype), nodes, options.rounds)
 

@@ -1,8 +1,8 @@
-"""The least that a tree costs on a CPU: a model's matrix products alone, for one row and for a tree's rows.
+"""Why a tree costs what it does on a CPU: a model's matrix products alone, for one row and for a tree's rows.
 
 A GPU reads the weights as long as it takes whatever is done with them, so a few rows cost what one does. A CPU's cores
-are soon busy multiplying. How many rows that takes, and so what a tree must cost beside a plain step, is the machine's
-own: nothing an engine adds (attention, norms, drafting) can bring the ratio below this one.
+are soon busy multiplying. How many rows that takes is the machine's own, and the matrix kernels': with oneDNN's, which
+both providers use, what an engine adds (attention, norms, drafting) comes on top of these times.
 """
 
 from __future__ import annotations
