@@ -14,7 +14,7 @@ from tiny_chat import VOCAB, save_chat_model
 
 from branchline.config import Config, ConfigError
 from branchline.engine.assemble import settle_tree
-from tools.draft_head import evaluate, report, rounds
+from tools.draft_head import evaluate, partial, report, rounds
 from tools.draft_head.partial import Partial
 from tools.draft_head.recipe import EvaluateRecipe, Recipe
 from tools.draft_head.store import Work
@@ -64,7 +64,7 @@ def test_it_leaves_figures_a_tree_a_card_and_checksums(work: Work, recipe: Recip
     assert (plain["acceptance_length"], plain["to_plain"]) == (1.0, 1.0)
     assert set(plain["by_category"]) == {"a", "b"}
     assert all(run["tokens"] <= 7 * 11 for run in evaluation["runs"] if run["temperature"] != "all")
-    assert not (work.root / evaluate.PARTIAL).exists()
+    assert not (work.root / partial.PARTIAL).exists()
 
     chosen = settle_tree(Config().override(**{"model.model": recipe.model, "model.draft": str(work.head)}))
     assert chosen.spec == "default"

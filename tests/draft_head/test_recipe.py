@@ -71,7 +71,7 @@ def begun(work: Work, recipe: Recipe) -> Work:
     [
         ({"seed": 5}, "seed: 0, not 5"),
         ({"model": "other"}, "model: 'default', not 'other'"),
-        ({"data": DataRecipe(max_answer_tokens=64)}, "data.max_answer_tokens: 256, not 64"),
+        ({"data": DataRecipe(max_answer_tokens=64)}, "data.max_answer_tokens: 192, not 64"),
         ({"data": DataRecipe(shares=recipes.Shares(math=0))}, "data.shares.math: 1.5, not 0"),
     ],
 )

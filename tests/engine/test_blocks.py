@@ -55,3 +55,12 @@ def test_a_block_can_not_be_freed_twice() -> None:
 
 def test_blocks_for_rounds_up() -> None:
     assert [blocks_for(tokens, 16) for tokens in (0, 1, 16, 17)] == [0, 1, 1, 2]
+
+
+def test_blocks_come_in_ascending_order_whatever_was_freed_before() -> None:
+    """So that a sequence's rows mostly lie side by side in memory."""
+    pool = BlockPool(12)
+    held = [pool.allocate(3) for _ in range(4)]
+    for index in (2, 0, 3):
+        pool.release(held[index][::-1])
+    assert pool.allocate(7) == [1, 2, 3, 7, 8, 9, 10]

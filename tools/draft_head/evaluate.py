@@ -27,8 +27,6 @@ from tools.draft_head.store import Work
 
 Say = Callable[[str], None]
 
-PARTIAL = "evaluation.partial.json"
-
 
 def run(work: Work, recipe: Recipe, say: Say) -> None:
     """Writes evaluation.json, and beside the head its tree, card and checksums. Raises ConfigError without a head."""
@@ -37,9 +35,10 @@ def run(work: Work, recipe: Recipe, say: Say) -> None:
     key = key_of(work, recipe)
     evaluation = _read(work.evaluation)
     if evaluation is None or evaluation["key"] != key:
-        evaluation = {"key": key} | _evaluate(work, recipe, Partial(work.root / PARTIAL, key), say)
+        partial = Partial(work, key)
+        evaluation = {"key": key} | _evaluate(work, recipe, partial, say)
         _write(work, work.evaluation, evaluation)
-        (work.root / PARTIAL).unlink()
+        partial.remove()
     else:
         say("this head is evaluated already")
     _write(work, work.head / TREE_FILE, report.tree_file(evaluation))

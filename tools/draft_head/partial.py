@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from branchline.config import CORES_TO_SHARE_OUT, EngineConfig
@@ -15,6 +14,9 @@ from tools.draft_head.measure import Tally
 from tools.draft_head.recipe import Recipe, plain
 from tools.draft_head.shapes import NodeCounts
 from tools.draft_head.store import Work
+
+#: In the work directory.
+PARTIAL = "evaluation.partial.json"
 
 
 def key_of(work: Work, recipe: Recipe) -> dict[str, Any]:
@@ -36,8 +38,9 @@ def decode_threads(recipe: Recipe) -> int:
 class Partial:
     """Counts and tallies, saved with each addition. A file of another key is left out of account."""
 
-    def __init__(self, path: Path, key: Mapping[str, Any]) -> None:
-        self._path = path
+    def __init__(self, work: Work, key: Mapping[str, Any]) -> None:
+        self._work = work
+        self._path = path = work.root / PARTIAL
         self._content: dict[str, Any] = {"key": dict(key), "probe": {}, "measured": 0, "tallies": {}}
         if path.exists():
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -82,7 +85,10 @@ class Partial:
         self._content["measured"] += 1
         self._save()
 
+    def remove(self) -> None:
+        """To be called when the evaluation is whole."""
+        self._path.unlink()
+
     def _save(self) -> None:
-        temporary = self._path.with_name(f".{self._path.name}.tmp")
-        temporary.write_text(json.dumps(self._content), encoding="utf-8")
-        os.replace(temporary, self._path)
+        with self._work.writing(self._path) as temporary:
+            temporary.write_text(json.dumps(self._content), encoding="utf-8")

@@ -57,10 +57,10 @@ class DataRecipe:
     shard_conversations: int = 512
     #: Conversations that are written at once.
     in_flight: int = 64
-    #: Answers are sampled at these, in equal parts; 0 is greedy.
-    temperatures: tuple[float, ...] = (0.0, 0.7, 1.0)
+    #: Answers are sampled at these in turn, so one that is named twice counts twice; 0 is greedy.
+    temperatures: tuple[float, ...] = (0.0, 0.0, 0.7, 1.0)
     shares: Shares = Shares()
-    max_answer_tokens: int = 256
+    max_answer_tokens: int = 192
     max_prompt_tokens: int = 640
     #: Memory for the KV cache in MiB.
     kv_cache_mib: int = _free(2048)
