@@ -11,6 +11,7 @@ from branchline.config import Config
 from branchline.engine.assemble import assemble
 from branchline.engine.decode import DecodeRunner
 from branchline.engine.hosting import Host, hosted_engine
+from branchline.engine.load_budget import LoadBudget
 from branchline.v1 import decode_pb2_grpc
 from branchline.wire.server import RpcServer
 from decode_worker.engine_loop import DecodeLoop
@@ -39,7 +40,9 @@ async def serve(
 
     def build() -> DecodeLoop:
         models, tree = assemble(config, progress)
-        return DecodeLoop(models, tree, DecodeRunner(models, config.engine, tree))
+        adaptive = config.engine.adaptive_tree and tree.num_nodes > 0
+        load_budget = LoadBudget(tree.num_nodes) if adaptive else None
+        return DecodeLoop(models, tree, DecodeRunner(models, config.engine, tree, load_budget=load_budget))
 
     async with hosted_engine("decode-engine", build, stop) as host:
         if host is not None:

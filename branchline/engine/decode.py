@@ -6,6 +6,7 @@ host's knowledge of a sequence's length lags by one iteration, and blocks are al
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
@@ -21,6 +22,7 @@ from branchline.engine.execute import Executor, executor_for
 from branchline.engine.flight import Landing
 from branchline.engine.grammar import Grammar
 from branchline.engine.iteration import DecodeIteration
+from branchline.engine.load_budget import LoadBudget
 from branchline.engine.models.protocol import KvGeometry, Models
 from branchline.engine.programs import Batch, execute
 from branchline.engine.sampling import SamplingVariant
@@ -55,8 +57,11 @@ class Step:
 
 @dataclass(frozen=True)
 class _Flight:
-    """A launched iteration: each row's allocation, with the draft nodes that it verifies."""
+    """A launched iteration of a batch bucket and a budget: each row's allocation, with the draft nodes that it
+    verifies."""
 
+    bucket: int
+    nodes: int
     rows: list[tuple[Allocation, int]]
     landing: Landing
 
@@ -64,7 +69,8 @@ class _Flight:
 class DecodeRunner:
     """Runs the batch on one device. Not thread-safe by design.
 
-    `pipelined` launches an iteration before the last one's results are read; by default on CUDA only.
+    `pipelined` launches an iteration before the last one's results are read; by default on CUDA only. `load_budget`
+    limits the nodes that are drafted, by load; without it every request gets what it may have.
     """
 
     def __init__(
@@ -75,6 +81,7 @@ class DecodeRunner:
         *,
         executor: Executor | None = None,
         pipelined: bool | None = None,
+        load_budget: LoadBudget | None = None,
     ) -> None:
         device = models.device
         self.caches = KvCaches(models, engine, tree)
@@ -92,6 +99,7 @@ class DecodeRunner:
         self._allocations = Allocations(self.caches, engine.max_batch, lead, device)
         self._executor = executor or executor_for(device, idle_slot=engine.max_batch)
         self._buckets = sorted({size for size in engine.batch_buckets if size < engine.max_batch} | {engine.max_batch})
+        self._load_budget = load_budget
         self._running: list[Allocation] = []
         self._flight: _Flight | None = None
         self._slots = torch.empty(0, dtype=torch.int64, device=device)
@@ -196,19 +204,20 @@ class DecodeRunner:
         if not self._running:
             self._flight = None  # nobody waits for it: its requests were released
             return Step()
+        began = time.perf_counter()
         preempted = self._allocations.grow(self._running)
         for allocation in preempted:
             self.release(allocation)
         landed, self._flight = self._flight, None
         results: list[StepResult] = []
         if landed is not None and any(allocation.grammar for allocation in self._running):
-            results, landed = self._collect(landed), None  # a grammar must know the tokens before it can go on
+            results, landed = self._collect(landed, None), None  # a grammar must know the tokens before it can go on
         launched = self._launch() if self._running else None
         if self._pipelined:
             self._flight = launched
         else:
             landed = launched
-        return Step(results + (self._collect(landed) if landed else []), preempted)
+        return Step(results + (self._collect(landed, began) if landed else []), preempted)
 
     def release(self, allocation: Allocation) -> None:
         """Leaves the batch if it is in it, and frees blocks and slot. Idempotent."""
@@ -220,25 +229,35 @@ class DecodeRunner:
     def _launch(self) -> _Flight:
         batch = list(self._running)
         requests = [allocation.request for allocation in batch if allocation.request]
-        iteration = self.iteration(max(allocation.budget for allocation in batch))
-        variant = SamplingVariant.of(requests)
         slots = self._bucket([allocation.slot for allocation in batch])
+        wanted = max(allocation.budget for allocation in batch)
+        if self._load_budget is not None and wanted:
+            wanted = min(wanted, self._load_budget.choose(len(slots)))
+        iteration = self.iteration(wanted)
+        variant = SamplingVariant.of(requests)
         block_table = self._allocations.block_tables.index_select(0, slots)[:, : self._width(batch)]
         grammars = {row: allocation.grammar for row, allocation in enumerate(batch) if allocation.grammar is not None}
         iteration.observe("launch")
         emission = execute(self._executor, iteration, Batch(slots, block_table, variant, grammars))
         rows = []
         for allocation in batch:
-            rows.append((allocation, allocation.drafted))
-            allocation.drafted = allocation.budget
-        return _Flight(rows, Landing(emission))
+            rows.append((allocation, min(allocation.drafted, iteration.nodes)))
+            allocation.drafted = min(allocation.budget, iteration.nodes)
+        return _Flight(len(slots), iteration.nodes, rows, Landing(emission))
 
-    def _collect(self, flight: _Flight) -> list[StepResult]:
+    def _collect(self, flight: _Flight, began: float | None) -> list[StepResult]:
         """The results of those who are still there: a pipelined iteration may bring tokens of a request that was
-        released, or nothing for one that finished, meanwhile."""
+        released, or nothing for one that finished, meanwhile. `began`: when the step did that waits for this iteration
+        and does little else, if it tells how long one takes."""
         wanted = [allocation.request.logprobs if allocation.request else None for allocation, _ in flight.rows]
         results = []
-        for (allocation, drafted), row in zip(flight.rows, flight.landing.rows(wanted), strict=True):
+        landed = flight.landing.rows(wanted)
+        if self._load_budget is not None and began is not None:
+            paths = [
+                (drafted, row.path) for (_, drafted), row in zip(flight.rows, landed, strict=True) if row.token_ids
+            ]
+            self._load_budget.learn(flight.bucket, flight.nodes, time.perf_counter() - began, paths)
+        for (allocation, drafted), row in zip(flight.rows, landed, strict=True):
             if allocation.released or not allocation.running:
                 continue
             results.append(StepResult(allocation, row.token_ids, row.finish, drafted, row.logprobs))

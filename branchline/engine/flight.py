@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -14,10 +15,11 @@ _FINISH = {RUNNING: None, STOPPED: FinishReason.STOP, EXHAUSTED: FinishReason.LE
 
 @dataclass(frozen=True)
 class Row:
-    """What one iteration did for one slot of the batch."""
+    """What one iteration did for one slot of the batch. `path`: the numbers of the accepted nodes, ascending."""
 
     token_ids: tuple[int, ...]
     finish: FinishReason | None
+    path: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
 
 
@@ -52,7 +54,7 @@ class Landing:
     def rows(self, wanted: list[int | None]) -> list[Row]:
         """The first rows of the batch. `wanted[i]`: how many of the likeliest tokens' log-probabilities row i reports;
         None for none at all."""
-        token_ids, counts, finishes, *logprobs = (tensor.tolist() for tensor in self._copy.wait())
+        token_ids, counts, finishes, paths, *logprobs = (tensor.tolist() for tensor in self._copy.wait())
         rows = []
         for index, top in enumerate(wanted):
             count = counts[index]
@@ -62,5 +64,6 @@ class Landing:
                 for step in range(count):
                     likeliest = zip(top_ids[step][:top], top_values[step][:top], strict=True)
                     reports.append(TokenLogprobs(own[step], tuple(likeliest)))
-            rows.append(Row(tuple(token_ids[index][:count]), _FINISH[finishes[index]], tuple(reports)))
+            path = tuple(after for before, after in pairwise(paths[index]) if after != before)
+            rows.append(Row(tuple(token_ids[index][:count]), _FINISH[finishes[index]], path, tuple(reports)))
         return rows

@@ -30,18 +30,19 @@ class Emission:
     """What an iteration emits, on the device: the first `count` of `token_ids` per row.
 
     token_ids int64 `[batch, depth + 1]`; count int64 `[batch]`, 0 for inactive rows; finish int64 `[batch]`: RUNNING,
-    STOPPED at a stop token, or EXHAUSTED (max_tokens or the context limit). logprobs, if the variant has them: as
-    `sampling.token_logprobs` gives them, one for each of `token_ids`.
+    STOPPED at a stop token, or EXHAUSTED (max_tokens or the context limit); path as in Accepted. logprobs, if the
+    variant has them: as `sampling.token_logprobs` gives them, one for each of `token_ids`.
     """
 
     token_ids: torch.Tensor
     count: torch.Tensor
     finish: torch.Tensor
+    path: torch.Tensor
     logprobs: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return (self.token_ids, self.count, self.finish, *(self.logprobs or ()))
+        return (self.token_ids, self.count, self.finish, self.path, *(self.logprobs or ()))
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,11 @@ class DecodeIteration:
         self.observe("rewind")
         if self._grower is not None:
             self._draft(slots, rows, verified, accepted, length, block_table, variant)
+        else:
+            # Draft rows that nobody writes: whoever drafts again begins behind them.
+            self.state.draft_start.index_copy_(0, slots, torch.where(rows.active, length + 1, rows.draft_start))
+        # What an iteration with more nodes has left there is no part of this tree.
+        self.state.tree_parents[:, self.nodes :].index_fill_(0, slots, ABSENT)
         self.state.length.index_copy_(0, slots, length)
         self.state.root.index_copy_(0, slots, root)
         self.state.remaining.index_copy_(0, slots, rows.remaining - emission.count)
@@ -211,7 +217,7 @@ class DecodeIteration:
         if variant.logprobs:
             index = accepted.path[:, :, None].expand(-1, -1, verified.logits.shape[2])
             logprobs = token_logprobs(verified.logits.gather(1, index), token_ids)
-        return Emission(token_ids, torch.where(rows.active, count, 0), finish, logprobs)
+        return Emission(token_ids, torch.where(rows.active, count, 0), finish, accepted.path, logprobs)
 
     def _rewind(self, rows: BatchState, accepted: Accepted, block_table: torch.Tensor) -> None:
         """Moves the accepted nodes' rows right behind the context. A path is scattered over the tree's slots, so

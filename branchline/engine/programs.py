@@ -63,5 +63,5 @@ def _advance(
 
 
 def _emission(tensors: Tensors) -> Emission:
-    token_ids, count, finish, *logprobs = tensors
-    return Emission(token_ids, count, finish, (logprobs[0], logprobs[1], logprobs[2]) if logprobs else None)
+    token_ids, count, finish, path, *logprobs = tensors
+    return Emission(token_ids, count, finish, path, (logprobs[0], logprobs[1], logprobs[2]) if logprobs else None)

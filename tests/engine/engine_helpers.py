@@ -12,6 +12,7 @@ from model_helpers import head_config, head_tensors, save_head, save_tiny_model,
 from branchline.config import EngineConfig, ModelConfig
 from branchline.core import Request
 from branchline.engine.execute import Executor
+from branchline.engine.load_budget import LoadBudget
 from branchline.engine.models.load import load_models
 from branchline.engine.models.protocol import DraftSpec, KvGeometry, Models, TargetSpec
 from branchline.engine.offline import Pipeline
@@ -71,11 +72,12 @@ class TinyPipeline(Pipeline):
         tree: TreeTopology | str,
         executor: Executor | None = None,
         pipelined: bool = False,
+        load_budget: LoadBudget | None = None,
         **engine: Any,
     ) -> None:
         settings = dataclasses.replace(EngineConfig(), **{"kv_cache_mib": 8, "block_size": 4} | engine)
         topology = parse_tree(tree) if isinstance(tree, str) else tree
-        super().__init__(models, topology, settings, executor=executor, pipelined=pipelined)
+        super().__init__(models, topology, settings, executor=executor, pipelined=pipelined, load_budget=load_budget)
         self.forwards = 0
 
     def run_text(self, requests: list[Request], in_flight: int = 1, ship_draft: bool = True) -> dict[str, list[int]]:
