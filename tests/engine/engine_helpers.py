@@ -10,7 +10,7 @@ import torch
 from model_helpers import head_config, head_tensors, save_head, save_tiny_model, tiny_config
 
 from branchline.config import EngineConfig, ModelConfig
-from branchline.core import Request
+from branchline.core import Fingerprint, Request
 from branchline.engine.execute import Executor
 from branchline.engine.load_budget import LoadBudget
 from branchline.engine.models.load import load_models
@@ -86,8 +86,8 @@ class TinyPipeline(Pipeline):
         return {name: output.token_ids for name, output in outputs.items()}
 
 
-def tiny_caches(block_size: int, dtype: torch.dtype = torch.float32, draft: bool = True) -> KvCaches:
-    """Caches of models that are never run."""
+def shapes(dtype: torch.dtype = torch.float32, draft: bool = True) -> Models:
+    """Models that are never run."""
 
     class Shape:
         def __init__(self, spec: TargetSpec | DraftSpec) -> None:
@@ -95,5 +95,11 @@ def tiny_caches(block_size: int, dtype: torch.dtype = torch.float32, draft: bool
 
     target = Shape(TargetSpec(KvGeometry(3, 2, 4, dtype), 8, 8, 32, ()))
     head = Shape(DraftSpec(KvGeometry(1, 2, 4, dtype), 8, 8)) if draft else None
-    models = Models("shapes", target, head, None, torch.device("cpu"), dtype)  # type: ignore[arg-type]
+    fingerprint = Fingerprint({"weights": "none"}, "none" if draft else "")
+    return Models("shapes", target, head, fingerprint, torch.device("cpu"), dtype)  # type: ignore[arg-type]
+
+
+def tiny_caches(block_size: int, dtype: torch.dtype = torch.float32, draft: bool = True) -> KvCaches:
+    """Caches of models that are never run."""
+    models = shapes(dtype, draft)
     return KvCaches(models, EngineConfig(block_size=block_size, kv_cache_mib=1), parse_tree("chain:1"))
