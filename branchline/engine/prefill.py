@@ -1,11 +1,12 @@
-"""Prefill: a context's KV, chunk by chunk, then the first token and the first draft tree.
+"""Prefill: contexts' KV, chunk by chunk, then the first token and the first draft tree of each.
 
 Synchronous; owned by one engine thread.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -20,49 +21,18 @@ from branchline.core import (
     TokenLogprobs,
 )
 from branchline.engine.attention import PagedAttention
-from branchline.engine.blocks import BlockPool
+from branchline.engine.blocks import BlockPool, OutOfBlocksError
 from branchline.engine.draft import DraftHeads, Root, TreeDrafter
 from branchline.engine.growing import grower_for
 from branchline.engine.logit_edits import check_edits
-from branchline.engine.models.protocol import KvGeometry, Models
+from branchline.engine.models.protocol import Attention, KvGeometry, Models
+from branchline.engine.prefill_task import FirstChoice as FirstChoice
+from branchline.engine.prefill_task import PrefillTask as PrefillTask
+from branchline.engine.prefix_cache import PrefixCache
 from branchline.engine.sampling import SamplingTensors, SamplingVariant, choose_token, token_logprobs
 from branchline.engine.sequence import KvCaches, check_token_ids
+from branchline.engine.split_attention import SplitAttention
 from branchline.engine.tree import TreeTopology
-
-
-@dataclass
-class PrefillTask:
-    """One request in prefill, in one or several samples. `computed` tokens of the context have their target KV in the
-    cache; `first_tokens` are the samples' so far."""
-
-    request: Request
-    samples: int
-    blocks: list[int]
-    block_table: torch.Tensor  # int64 [1, blocks]
-    token_ids: torch.Tensor  # int64 [context]
-    computed: int = 0
-    #: State of the last computed position: the target's hidden state, and the fused one for the draft head.
-    last_hidden: torch.Tensor | None = field(default=None, repr=False)
-    last_fused: torch.Tensor | None = field(default=None, repr=False)
-    first_tokens: dict[int, int] = field(default_factory=dict)
-    released: bool = False
-
-    @property
-    def length(self) -> int:
-        return len(self.token_ids)
-
-    @property
-    def done(self) -> bool:
-        return self.computed == self.length
-
-
-@dataclass(frozen=True)
-class FirstChoice:
-    """A sample's first token; `finish` is set when it ends the request, `logprobs` if the request asked for them."""
-
-    token_id: int
-    finish: FinishReason | None
-    logprobs: TokenLogprobs | None
 
 
 class PrefillRunner:
@@ -77,6 +47,13 @@ class PrefillRunner:
         self._grower = grower_for(tree, models.device)
         if models.draft is not None and self._caches.draft is not None:
             self._drafter = TreeDrafter(models.draft, self._caches.draft, models.target.spec.max_position)
+        self._prefix = PrefixCache(
+            models,
+            self._caches.pool,
+            self._caches.block_size,
+            drafts=self._drafter is not None,
+            enabled=engine.prefix_caching,
+        )
         self.max_model_len = self._caches.max_model_len
 
     @property
@@ -95,8 +72,9 @@ class PrefillRunner:
         self.pool.check_integrity()
 
     def begin(self, request: Request, samples: int = 1) -> PrefillTask:
-        """Takes the blocks. Sample i is the request's `sample_index` + i. Raises InvalidRequestError for a context that
-        is too long or has an id outside the vocabulary, OutOfBlocksError when blocks are short now."""
+        """Takes the blocks, as many from the front as are cached. Sample i is the request's `sample_index` + i. Raises
+        InvalidRequestError for a context that is too long or has an id outside the vocabulary, OutOfBlocksError when
+        blocks are short now."""
         if not 1 <= samples <= MAX_SAMPLES - request.sampling.sample_index:
             raise InvalidRequestError(f"samples must be between 1 and {MAX_SAMPLES} in all, got {samples}")
         context = request.context
@@ -106,41 +84,79 @@ class PrefillRunner:
             )
         check_token_ids(context, self._models.target.spec.vocab_size)
         check_edits(request, self._models.target.spec.vocab_size)
-        blocks = self.pool.allocate(self._caches.blocks_for(len(context)))
-        return PrefillTask(
+        keys = self._prefix.keys(context)
+        found = self._prefix.take(keys, len(context))
+        try:
+            blocks = found + self.pool.allocate(self._caches.blocks_for(len(context)) - len(found))
+        except OutOfBlocksError:
+            self.pool.release(found)
+            raise
+        task = PrefillTask(
             request,
             samples,
             blocks,
             torch.tensor([blocks], dtype=torch.int64, device=self._device),
             torch.tensor(context, dtype=torch.int64, device=self._device),
+            keys,
         )
+        if found:
+            self._skip_to(task, len(found))
+        return task
+
+    def take_over(self, task: PrefillTask) -> None:
+        """Puts blocks that others have completed meanwhile in the place of the task's own that are not complete."""
+        first = task.computed // self._caches.block_size
+        found = self._prefix.take(task.keys, task.length, first)
+        if found:
+            own = task.blocks[first : first + len(found)]
+            self._replace(task, first, found)
+            self.pool.release(own)
+            self._skip_to(task, first + len(found))
+
+    def next_key(self, task: PrefillTask) -> bytes | None:
+        """The key of the block that the task's next token belongs to, if the task could take that one over from another
+        task that completes it first."""
+        index = task.computed // self._caches.block_size
+        return task.keys[index] if index < min(len(task.keys), (task.length - 1) // self._caches.block_size) else None
+
+    def advance(self, task: PrefillTask) -> tuple[int, int]:
+        """Computes the next chunk; returns the token range whose target KV is complete since the last call."""
+        self.advance_many([(task, self._chunk)])
+        completed = task.report()
+        assert completed is not None
+        return completed
 
     @torch.inference_mode()
-    def advance(self, task: PrefillTask) -> tuple[int, int]:
-        """Computes the next chunk; returns the token range whose target KV it completed."""
-        assert not task.done
-        assert not task.released
-        start, end = task.computed, min(task.computed + self._chunk, task.length)
-        positions = torch.arange(start, end, device=self._device)
-        table, base = self._table(task, end), self._scalar(start)
-        triangle = torch.ones((1, end - start, end - start), dtype=torch.bool, device=self._device).tril()
-        offsets = (positions - start)[None]
-        attention = PagedAttention.over(
-            self._caches.target,
-            table,
-            base,
-            self._scalar(0),
-            triangle,
-            offsets,
-            torch.ones_like(offsets, dtype=torch.bool),
+    def advance_many(self, turns: Sequence[tuple[PrefillTask, int]]) -> int:
+        """Computes the next tokens of several contexts in one pass of the target, at least 1 and at most so many of
+        each; blocks that others have completed meanwhile are taken over first. Returns how many in all. When it raises,
+        the tasks can be tried again."""
+        chunks = []
+        for task, tokens in turns:
+            assert not task.done
+            assert not task.released
+            assert tokens >= 1, tokens
+            self.take_over(task)
+            chunks.append((task, task.computed, min(task.computed + tokens, task.length)))
+        sizes = [end - start for _, start, end in chunks]
+        output = self._models.target.forward(
+            torch.cat([task.token_ids[start:end] for task, start, end in chunks]),
+            torch.cat([torch.arange(start, end, device=self._device) for _, start, end in chunks]),
+            SplitAttention([self._attention(*chunk) for chunk in chunks], sizes),
         )
-        output = self._models.target.forward(task.token_ids[start:end], positions, attention)
-        task.last_hidden = output.hidden[-1:]
+        fused: Sequence[torch.Tensor | None] = [None] * len(chunks)
         if self._drafter is not None:
             assert output.auxiliary is not None
-            self._extend_draft(task, start, end, self._drafter.model.fuse(output.auxiliary))
-        task.computed = end
-        return start, end
+            fused = torch.split(self._drafter.model.fuse(output.auxiliary), sizes)
+        for chunk, states in zip(chunks, fused, strict=True):
+            if states is not None:
+                self._extend_draft(*chunk, states)
+        for (task, start, end), hidden, states in zip(chunks, torch.split(output.hidden, sizes), fused, strict=True):
+            task.last_hidden = hidden[-1:].clone()  # the rest of the pass isn't kept for it
+            task.last_fused = None if states is None else states[-1:].clone()
+            task.computed = end
+            self._remember(task, start, end, states)
+        return sum(sizes)
 
     @torch.inference_mode()
     def first_token(self, task: PrefillTask, sample: int = 0, allowed: torch.Tensor | None = None) -> FirstChoice:
@@ -170,6 +186,8 @@ class PrefillRunner:
         if self._drafter is None or self._grower is None or task.request.draft_nodes == 0:
             return DraftTree()
         assert task.last_fused is not None
+        # Whole blocks of the context may be others' too; the rows from here on lie behind them.
+        assert len(task.keys) * self._caches.block_size <= task.length
         root, one = self._scalar(task.length), self._scalar(1)
         table = self._table(task, task.length + self._caches.headroom)
         heads = self._extend(table, self._scalar(task.first_tokens[sample])[None], task.last_fused, task.length)
@@ -191,6 +209,41 @@ class PrefillRunner:
             task.released = True
             self.pool.release(task.blocks)
 
+    def _attention(self, task: PrefillTask, start: int, end: int) -> Attention:
+        triangle = torch.ones((1, end - start, end - start), dtype=torch.bool, device=self._device).tril()
+        offsets = torch.arange(end - start, device=self._device)[None]
+        return PagedAttention.over(
+            self._caches.target,
+            self._table(task, end),
+            self._scalar(start),
+            self._scalar(0),
+            triangle,
+            offsets,
+            torch.ones_like(offsets, dtype=torch.bool),
+        )
+
+    def _skip_to(self, task: PrefillTask, blocks: int) -> None:
+        """The first `blocks` blocks are cached ones: the task goes on behind them."""
+        end = blocks * self._caches.block_size
+        task.cached += end - task.computed
+        task.computed = end
+        task.last_fused = self._prefix.fused(task.blocks[blocks - 1])
+
+    def _remember(self, task: PrefillTask, start: int, end: int, fused: torch.Tensor | None) -> None:
+        """Makes the blocks that the chunk completed known. `fused` `[end - start, hidden_size]`."""
+        size = self._caches.block_size
+        first, last = start // size, min(end // size, len(task.keys))
+        if first < last:
+            states = None if fused is None else fused[(first + 1) * size - 1 - start :: size]
+            own = task.blocks[first:last]
+            known = self._prefix.remember(own, task.keys[first:last], states)
+            if known != own:
+                self._replace(task, first, known)
+
+    def _replace(self, task: PrefillTask, first: int, blocks: list[int]) -> None:
+        task.blocks[first : first + len(blocks)] = blocks
+        task.block_table[0, first : first + len(blocks)] = task.block_table.new_tensor(blocks)
+
     def _extend_draft(self, task: PrefillTask, start: int, end: int, fused: torch.Tensor) -> None:
         """Draft rows start … end - 1: row j pairs token j with the fused state at j - 1, so a chunk's first row takes
         its state from the chunk before, and its last state waits for the next token."""
@@ -200,7 +253,6 @@ class PrefillRunner:
             first = 1  # row 0 has no state before it and does not exist
         if end > first:
             self._extend(self._table(task, end), task.token_ids[None, first:end], fused[:-1], first)
-        task.last_fused = fused[-1:]
 
     def _extend(self, table: torch.Tensor, token_ids: torch.Tensor, fused: torch.Tensor, first: int) -> DraftHeads:
         assert self._drafter is not None

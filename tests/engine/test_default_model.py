@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -74,8 +75,8 @@ def requests_for(
     ]
 
 
-def pipeline(models: Models, tree: str) -> TinyPipeline:
-    return TinyPipeline(models, tree, kv_cache_mib=256, block_size=16, max_model_len=1024, max_batch=8)
+def pipeline(models: Models, tree: str, **engine: object) -> TinyPipeline:
+    return TinyPipeline(models, tree, kv_cache_mib=256, block_size=16, max_model_len=1024, max_batch=8, **engine)
 
 
 @pytest.mark.parametrize("in_flight", [1, 8])
@@ -114,3 +115,16 @@ def test_a_superset_tree_accepts_at_least_as_much(models: Models, prompts: list[
         assert lengths[1] >= lengths[0]
         gained += lengths[1] - lengths[0]
     assert gained > 0, "the larger tree never helped: nothing was tested"
+
+
+def test_acceptance_after_a_prefix_hit_equals_a_cold_run(models: Models, prompts: list[tuple[int, ...]]) -> None:
+    requests = [dataclasses.replace(request, max_tokens=24) for request in requests_for(models, prompts[:8])]
+    cold, warm = pipeline(models, "default", prefix_caching=False), pipeline(models, "default")
+    texts = cold.run_text(requests, in_flight=8)
+    for _ in range(2):
+        assert warm.run_text(requests, in_flight=8) == texts
+        assert warm.forwards == cold.forwards
+    for request in requests:
+        task = warm.prefill.begin(request)
+        assert task.cached == (task.length - 1) // 16 * 16 > 0
+        warm.prefill.release(task)
