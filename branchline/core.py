@@ -23,6 +23,12 @@ MAX_PRIORITY = 100
 PRIORITY_S = 10.0
 
 
+def rank_of(now: float, queued_s: float, priority: int) -> float:
+    """The rank, in seconds of the clock that gave `now`, of a request that has waited `queued_s` elsewhere: a virtual
+    arrival time, earlier by `PRIORITY_S` for each level of priority. The smallest is served first."""
+    return now - queued_s - priority * PRIORITY_S
+
+
 class InvalidRequestError(ValueError):
     """A request that can never succeed; the message is meant for the client. Maps to INVALID_ARGUMENT."""
 

@@ -13,6 +13,7 @@ _FIELDS = {
     "draft": "model.draft",
     "dtype": "model.dtype",
     "compile": "engine.compile",
+    "prefix_caching": "engine.prefix_caching",
     "tree": "model.tree",
     "provider": "model.provider",
     "prefill": "prefill.replicas",
@@ -49,6 +50,12 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     """What is loaded, and a system that serves it."""
     add_model_flags(parser)
     add = parser.add_argument
+    add(
+        "--prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="keep the KV of prompts for later ones that begin alike (default: yes)",
+    )
     add("--prefill", type=int, metavar="N", help="number of prefill workers")
     add("--decode", type=int, metavar="N", help="number of decode workers")
     add("--gateways", type=int, metavar="N", help="number of gateways")

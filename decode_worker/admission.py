@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from branchline.core import PRIORITY_S
+from branchline.core import rank_of as rank_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +26,6 @@ class Reservation:
     max_length: int
     rank: float
     priority: int = 0
-
-
-def rank_of(now: float, queued_s: float, priority: int) -> float:
-    """The rank, in seconds of the clock that gave `now`, of a request that has waited `queued_s` elsewhere."""
-    return now - queued_s - priority * PRIORITY_S
 
 
 class AdmissionQueue:

@@ -82,12 +82,15 @@ class Attempt:
             await self._legs.close()
 
     def _prefill_request(self) -> prefill_pb2.PrefillRequest:
+        entry = self._intakes[0].sample.entry
         return prefill_pb2.PrefillRequest(
-            request=convert.request_to_proto(self._intakes[0].sample.entry.next_request()),
+            request=convert.request_to_proto(entry.next_request()),
             decode_address=self._decode.address,
             lease_id=self._placement.lease_ids[0],
             ship_draft=self._placement.accepts_draft,
             samples=len(self._intakes),
+            priority=entry.priority,
+            queued_ms=entry.queued_ms,
         )
 
     async def _attached(self) -> None:

@@ -33,6 +33,8 @@ class Intake:
         return len(self._entry.emitted) > self._start
 
     async def first_token(self, event: prefill_pb2.FirstToken, source: Worker) -> Completed | None:
+        if not self._entry.emitted:
+            self._entry.cached_tokens = min(event.cached_tokens, len(self._entry.prompt))
         logprobs = [event.logprobs] if event.HasField("logprobs") else []
         if completed := await self._take(self._start, [event.token_id], logprobs, source):
             return completed

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 from branchline.core import FinishReason, Request, SamplingParams, SpeculationStats
 
+#: What fits the messages: seven weeks.
+LONGEST_MS = 2**32 - 1
+
 
 @dataclass(slots=True)
 class AttemptRecord:
@@ -47,10 +50,17 @@ class JournalEntry:
     #: When the client asked, on the monotonic clock; what it waits counts from then, over all attempts.
     arrived: float = field(default_factory=time.monotonic)
     emitted: list[int] = field(default_factory=list)
+    #: Of the prompt's tokens those that the prefill worker did not have to compute for the first output token.
+    cached_tokens: int = 0
     attempts: list[AttemptRecord] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.next_request()  # holds the invariants of a request
+
+    @property
+    def queued_ms(self) -> int:
+        """Milliseconds since the client asked, as messages to workers carry them."""
+        return min(int((time.monotonic() - self.arrived) * 1000), LONGEST_MS)
 
     def next_request(self) -> Request:
         """What the next attempt is to compute: prompt and emitted tokens apart, since penalties need the border."""

@@ -14,6 +14,7 @@ from branchline.core import PRIORITY_S, InvalidRequestError, Request
 from branchline.v1 import decode_pb2
 from branchline.wire import convert
 from branchline.wire.status import RpcFailure
+from gateway.journal import LONGEST_MS
 from gateway.leases import Leases, Placement
 from gateway.pool import Pair, WorkerPool
 from gateway.turns import Turns
@@ -21,8 +22,6 @@ from gateway.worker import Worker
 
 logger = logging.getLogger(__name__)
 
-#: What fits the messages: seven weeks.
-_LONGEST_MS = 2**32 - 1
 _FIRST_BACKOFF_S = 0.02
 _LONGEST_BACKOFF_S = 0.5
 #: Seconds that the first in the queue waits in one call for room at the least loaded decode worker; less when there are
@@ -136,7 +135,7 @@ class Placer:
             attempt=search.attempt,
             samples=search.samples,
             priority=search.priority,
-            queued_ms=min(int(queued_s * 1000), _LONGEST_MS),
+            queued_ms=min(int(queued_s * 1000), LONGEST_MS),
             wait_ms=int(wait_s * 1000),
         )
         try:

@@ -47,7 +47,11 @@ class Sample:
         text, reason = self.output.finish(reason)
         completion = gateway_pb2.Completion(
             finish_reason=convert.finish_reason_to_proto(reason),
-            usage=gateway_pb2.Usage(prompt_tokens=len(entry.prompt), completion_tokens=len(entry.emitted)),
+            usage=gateway_pb2.Usage(
+                prompt_tokens=len(entry.prompt),
+                completion_tokens=len(entry.emitted),
+                cached_tokens=entry.cached_tokens,
+            ),
             speculation=convert.speculation_to_proto(entry.speculation),
             seed=entry.sampling.seed,
             failovers=entry.failovers,

@@ -1,7 +1,8 @@
 """The engine's side of the prefill worker. Everything here runs on the engine's thread.
 
-Jobs are computed first come, first served, one chunk a step; between two steps the thread takes commands, so a
-cancellation takes effect at the next chunk's border, and finished chunks are exported while others wait.
+A step computes some tokens of some jobs' prompts in one pass (`schedule` says of which), or drafts one sample's first
+tree; between two steps the thread takes commands, so a cancellation takes effect at the next chunk's border, and
+finished chunks are exported while others wait.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from branchline.core import DraftTree, FinishReason, KvPart, KvSpan, Request
 from branchline.engine.models.protocol import KvGeometry, Models
 from branchline.engine.prefill import FirstChoice, PrefillRunner, PrefillTask
+from prefill_worker.schedule import Waiting, share
 
 #: Failed steps in a row after which the engine is given up.
 MAX_FAILURES = 3
@@ -27,7 +29,7 @@ class JobGoneError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """The target KV of the tokens [start, end) is complete."""
+    """The target KV of the tokens [start, end) is complete, found in the prefix cache or computed."""
 
     start: int
     end: int
@@ -35,10 +37,12 @@ class Computed:
 
 @dataclass(frozen=True, slots=True)
 class FirstToken:
-    """A sample's. When it ends the request of every sample, nothing comes after the last of them."""
+    """A sample's. When it ends the request of every sample, nothing comes after the last of them. `cached_tokens` of
+    the context were found in the prefix cache."""
 
     sample: int
     choice: FirstChoice
+    cached_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,8 @@ Event = Computed | FirstToken | Drafted | Failed
 @dataclass
 class _Job:
     task: PrefillTask
+    #: When it is served, see schedule.
+    rank: float
     #: The draft head's geometry, where draft KV and trees are wanted.
     draft_kv: KvGeometry | None
     #: Called on the engine's thread.
@@ -76,25 +82,28 @@ class _Job:
 
 
 class PrefillLoop:
-    """The runner and its jobs by id."""
+    """The runner and its jobs by id. `budget`: the most tokens that a step computes."""
 
-    def __init__(self, models: Models, runner: PrefillRunner) -> None:
+    def __init__(self, models: Models, runner: PrefillRunner, budget: int) -> None:
         self.models = models
         self.runner = runner
-        #: Context tokens computed since the start.
+        #: Context tokens computed since the start; those that were found don't count.
         self.prefilled_tokens = 0
+        self._budget = budget
         self._jobs: dict[int, _Job] = {}
-        self._waiting: deque[int] = deque()
+        self._computing: set[int] = set()
+        self._drafting: deque[int] = deque()
         self._failures = 0
 
     def begin(
-        self, job_id: int, request: Request, samples: int, drafts: bool, listener: Callable[[Event], None]
+        self, job_id: int, request: Request, samples: int, drafts: bool, rank: float, listener: Callable[[Event], None]
     ) -> None:
         """Takes blocks and queues the job. Raises InvalidRequestError, OutOfBlocksError."""
         assert job_id not in self._jobs, job_id
         draft_kv = self.runner.draft_kv if drafts else None
-        self._jobs[job_id] = _Job(self.runner.begin(request, samples), draft_kv, listener)
-        self._waiting.append(job_id)
+        job = self._jobs[job_id] = _Job(self.runner.begin(request, samples), rank, draft_kv, listener)
+        self._computing.add(job_id)
+        self._report(job)  # what was found can be shipped at once
 
     def export(self, job_id: int, spans: Sequence[KvSpan]) -> list[bytes]:
         """The canonical bytes of complete spans. Raises JobGoneError."""
@@ -107,8 +116,9 @@ class PrefillLoop:
         """Frees the job's blocks, computed or not; no error when it has none."""
         job = self._jobs.pop(job_id, None)
         if job is not None:
-            if job_id in self._waiting:
-                self._waiting.remove(job_id)
+            self._computing.discard(job_id)
+            if job_id in self._drafting:
+                self._drafting.remove(job_id)
             self.runner.release(job.task)
 
     def close(self) -> None:
@@ -119,50 +129,93 @@ class PrefillLoop:
         assert self.runner.pool.used == 0, f"{self.runner.pool.used} KV blocks are left over"
 
     def step(self) -> bool:
-        """One chunk, or one sample's first tree, of the oldest job; False when none waits.
+        """One sample's first tree, or else one pass over prompts; False when no job waits.
 
-        A step that raises costs its job; after `MAX_FAILURES` in a row the error is passed on.
+        A job that can't be served is given up; after `MAX_FAILURES` in a row the error is passed on.
         """
-        if not self._waiting:
+        if self._drafting:  # first: these requests are about to decode
+            self._guarded(self._drafting[0], self._draft)
+        elif self._computing:
+            self._compute(self._plan())
+        else:
             return False
-        job_id = self._waiting[0]
-        job = self._jobs[job_id]
-        try:
-            finished = self._advance(job)
-        except Exception as error:
-            self._failures += 1
-            logger.exception("prefill failed request=%s", job.task.request.request_id)
-            self.release(job_id)
-            job.listener(Failed(f"the prefill step failed: {type(error).__name__}"))
-            if self._failures == MAX_FAILURES:
-                raise
-            return True
-        self._failures = 0
-        if finished:
-            self._waiting.popleft()
         return True
 
-    def _advance(self, job: _Job) -> bool:
-        """One unit of work; True when the job needs no more."""
-        task = job.task
-        if task.done:
-            self._draft(job)
-            return job.sample == task.samples
-        start, end = self.runner.advance(task)
-        self.prefilled_tokens += end - start
-        job.listener(Computed(start, end))
-        if not task.done:
-            return False
-        for sample in range(task.samples):
-            choice = self.runner.first_token(task, sample)
-            job.finishes.append(choice.finish)
-            job.listener(FirstToken(sample, choice))
-        return all(finish is not None for finish in job.finishes)
+    def _plan(self) -> list[tuple[int, int]]:
+        """(job id, tokens) of the next pass."""
+        waiting = []
+        for job_id in self._computing:
+            job = self._jobs[job_id]
+            self.runner.take_over(job.task)
+            self._report(job)
+            waiting.append(Waiting(job_id, job.rank, job.task.left, self.runner.next_key(job.task)))
+        return share(self._budget, waiting)
 
-    def _draft(self, job: _Job) -> None:
+    def _compute(self, turns: Sequence[tuple[int, int]]) -> None:
+        if not self._passes(turns):
+            # Whose fault it was shows when each is tried alone.
+            for turn in turns:
+                self._passes([turn])
+        for job_id, _ in turns:
+            job = self._jobs.get(job_id)
+            if job is not None and job.task.done:
+                self._guarded(job_id, self._choose)
+
+    def _passes(self, turns: Sequence[tuple[int, int]]) -> bool:
+        """Computes; false when that failed, and a job that was alone in it has been given up."""
+        jobs = [(self._jobs[job_id], tokens) for job_id, tokens in turns]
+        try:
+            self.prefilled_tokens += self.runner.advance_many([(job.task, tokens) for job, tokens in jobs])
+        except Exception as error:
+            if len(turns) == 1:
+                self._give_up(turns[0][0], error)
+                return True
+            logger.warning("a pass over %d prompts failed", len(turns), exc_info=error)
+            return False
+        for job, _ in jobs:
+            self._report(job)
+            if not job.task.done:
+                self._failures = 0
+        return True
+
+    def _report(self, job: _Job) -> None:
+        if (completed := job.task.report()) is not None:
+            job.listener(Computed(*completed))
+
+    def _guarded(self, job_id: int, work: Callable[[int, _Job], None]) -> None:
+        try:
+            work(job_id, self._jobs[job_id])
+        except Exception as error:  # noqa: BLE001 - logged where the job is given up
+            self._give_up(job_id, error)
+        else:
+            self._failures = 0
+
+    def _give_up(self, job_id: int, error: Exception) -> None:
+        """Call it where `error` is handled. Raises it when too many have failed."""
+        job = self._jobs[job_id]
+        self._failures += 1
+        logger.error("prefill failed request=%s", job.task.request.request_id, exc_info=error)
+        self.release(job_id)
+        job.listener(Failed(f"the prefill step failed: {type(error).__name__}"))
+        if self._failures == MAX_FAILURES:
+            raise error
+
+    def _choose(self, job_id: int, job: _Job) -> None:
+        """The samples' first tokens."""
+        self._computing.discard(job_id)
+        for sample in range(job.task.samples):
+            choice = self.runner.first_token(job.task, sample)
+            job.finishes.append(choice.finish)
+            job.listener(FirstToken(sample, choice, job.task.cached))
+        if not all(finish is not None for finish in job.finishes):
+            self._drafting.append(job_id)
+
+    def _draft(self, job_id: int, job: _Job) -> None:
         """The next sample's tree. Its row is read at once: the next one's goes to the same place."""
         sample, geometry, length = job.sample, job.draft_kv, job.task.length
         job.sample += 1
+        if job.sample == job.task.samples:
+            self._drafting.remove(job_id)
         if geometry is None or job.finishes[sample] is not None:
             job.listener(Drafted(sample, DraftTree()))
             return

@@ -11,7 +11,6 @@ import grpc
 from branchline.core import DraftTree, KvPart, KvSpan, Request
 from branchline.engine.blocks import OutOfBlocksError
 from branchline.engine.models.protocol import KvGeometry
-from branchline.engine.prefill import FirstChoice
 from branchline.engine.thread import EngineThread
 from branchline.v1 import decode_pb2
 from branchline.wire.convert import tree_to_proto
@@ -24,20 +23,29 @@ EXPORT_BYTES = 16 << 20
 
 
 class PrefillJob:
-    """Created for one request; `release` must be called in the end, whatever happened, also to `begin`."""
+    """Created for one request; `release` must be called in the end, whatever happened, also to `begin`. `rank` is its
+    place among those that wait, see `core.rank_of`."""
 
     def __init__(
-        self, job_id: int, request: Request, samples: int, ship_draft: bool, thread: EngineThread, engine: PrefillLoop
+        self,
+        job_id: int,
+        request: Request,
+        samples: int,
+        ship_draft: bool,
+        rank: float,
+        thread: EngineThread,
+        engine: PrefillLoop,
     ) -> None:
         self._id = job_id
         self._request = request
         self._samples = samples
         self._draft_kv = engine.runner.draft_kv if ship_draft and request.draft_nodes != 0 else None
+        self._rank = rank
         self._thread = thread
         self._engine = engine
         self._events: asyncio.Queue[Computed | Drafted | Failed] = asyncio.Queue()
         #: Each sample's first token as soon as it is chosen, however far the hand-off is.
-        self.first: list[asyncio.Future[FirstChoice | Failed]] = [
+        self.first: list[asyncio.Future[FirstToken | Failed]] = [
             asyncio.get_running_loop().create_future() for _ in range(samples)
         ]
 
@@ -46,7 +54,7 @@ class PrefillJob:
         drafts = self._draft_kv is not None
         try:
             await self._thread.submit(
-                self._engine.begin, self._id, self._request, self._samples, drafts, self._on_engine_event
+                self._engine.begin, self._id, self._request, self._samples, drafts, self._rank, self._on_engine_event
             )
         except OutOfBlocksError as error:
             raise RpcFailure(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)) from None
@@ -92,8 +100,9 @@ class PrefillJob:
 
     def _draft_frame(self, index: int, sample: int, tree: DraftTree) -> decode_pb2.DraftFrame:
         first = self.first[sample].result()
-        assert isinstance(first, FirstChoice), "a tree without a first token"
-        return tree_to_proto(tree, index=index, first_token=first.token_id, sample=sample, logprobs=first.logprobs)
+        assert isinstance(first, FirstToken), "a tree without a first token"
+        choice = first.choice
+        return tree_to_proto(tree, index=index, first_token=choice.token_id, sample=sample, logprobs=choice.logprobs)
 
     async def _export(
         self, part: KvPart, geometry: KvGeometry, start: int, end: int
@@ -116,7 +125,7 @@ class PrefillJob:
 
     def _on_event(self, event: Event) -> None:
         if isinstance(event, FirstToken):
-            self.first[event.sample].set_result(event.choice)
+            self.first[event.sample].set_result(event)
             return
         if isinstance(event, Failed):
             for first in self.first:

@@ -37,7 +37,7 @@ async def serve(
 
     def build() -> PrefillLoop:
         models, tree = assemble(config, progress)
-        return PrefillLoop(models, PrefillRunner(models, config.engine, tree))
+        return PrefillLoop(models, PrefillRunner(models, config.engine, tree), config.engine.prefill_chunk_tokens)
 
     async with hosted_engine("prefill-engine", build, stop) as host:
         if host is not None:

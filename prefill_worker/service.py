@@ -6,18 +6,18 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
 import grpc
 
-from branchline.core import MAX_SAMPLES, InvalidRequestError, Request
-from branchline.engine.prefill import FirstChoice
+from branchline.core import MAX_PRIORITY, MAX_SAMPLES, InvalidRequestError, Request, rank_of
 from branchline.engine.thread import EngineStoppedError, EngineThread
 from branchline.v1 import decode_pb2, prefill_pb2, prefill_pb2_grpc
 from branchline.wire.convert import fingerprint_to_proto, finish_reason_to_proto, logprobs_to_proto, request_from_proto
 from prefill_worker.channels import DecodeChannels
-from prefill_worker.engine_loop import Failed, PrefillLoop
+from prefill_worker.engine_loop import Failed, FirstToken, PrefillLoop
 from prefill_worker.handoff import HandoffSender, HandoffTotals
 from prefill_worker.jobs import PrefillJob, failure
 
@@ -49,7 +49,12 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         request, samples = request_from_proto(message.request), message.samples or 1
         if samples > MAX_SAMPLES:
             raise InvalidRequestError(f"samples must be at most {MAX_SAMPLES}, got {samples}")
-        job = PrefillJob(next(self._job_ids), request, samples, message.ship_draft, self._thread, self._engine)
+        if not -MAX_PRIORITY <= message.priority <= MAX_PRIORITY:
+            raise InvalidRequestError(
+                f"priority must be between {-MAX_PRIORITY} and {MAX_PRIORITY}, got {message.priority}"
+            )
+        rank = rank_of(time.monotonic(), message.queued_ms / 1000, message.priority)
+        job = PrefillJob(next(self._job_ids), request, samples, message.ship_draft, rank, self._thread, self._engine)
         self._requests += 1
         try:
             await job.begin()
@@ -108,7 +113,7 @@ async def _answer(
 ) -> AsyncGenerator[prefill_pb2.PrefillResponse]:
     """The first tokens, then the hand-off's totals. A hand-off that fails early ends it before the first token."""
     goes_on = False
-    for sample, chosen in enumerate(job.first):
+    for chosen in job.first:
         either: set[asyncio.Future[Any]] = {chosen, shipping}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not chosen.done():
@@ -116,8 +121,8 @@ async def _answer(
         first = chosen.result()
         if isinstance(first, Failed):
             raise failure(first.reason)
-        goes_on = goes_on or first.finish is None
-        yield prefill_pb2.PrefillResponse(first_token=_first_token(sample, first))
+        goes_on = goes_on or first.choice.finish is None
+        yield prefill_pb2.PrefillResponse(first_token=_first_token(first))
     if not goes_on:
         return
     totals = await shipping
@@ -125,12 +130,14 @@ async def _answer(
     yield prefill_pb2.PrefillResponse(handed_off=handed_off)
 
 
-def _first_token(sample: int, choice: FirstChoice) -> prefill_pb2.FirstToken:
+def _first_token(first: FirstToken) -> prefill_pb2.FirstToken:
+    choice = first.choice
     return prefill_pb2.FirstToken(
         token_id=choice.token_id,
         finish_reason=finish_reason_to_proto(choice.finish),
-        sample=sample,
+        sample=first.sample,
         logprobs=None if choice.logprobs is None else logprobs_to_proto(choice.logprobs),
+        cached_tokens=first.cached_tokens,
     )
 
 

@@ -65,7 +65,11 @@ class Collector:
             token_ids=first.token_ids,
             finish_reason=first.finish_reason,
             logprobs=first.logprobs,
-            usage=Usage(message.usage.prompt_tokens, sum(parts.completion_tokens for parts in self._parts.values())),
+            usage=Usage(
+                prompt_tokens=message.usage.prompt_tokens,
+                completion_tokens=sum(parts.completion_tokens for parts in self._parts.values()),
+                cached_tokens=message.usage.cached_tokens,
+            ),
             speculation=sum((sample.speculation for sample in samples), SpeculationStats()),
             seed=message.seed,
             failovers=sum(sample.failovers for sample in samples),

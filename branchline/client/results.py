@@ -31,6 +31,8 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
+    #: Of the prompt's tokens those that an earlier request's computation was good for.
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,18 +7,22 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request", "decode_address", "lease_id", "ship_draft", "samples")
+    __slots__ = ("request", "decode_address", "lease_id", "ship_draft", "samples", "priority", "queued_ms")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     DECODE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     SHIP_DRAFT_FIELD_NUMBER: _ClassVar[int]
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_MS_FIELD_NUMBER: _ClassVar[int]
     request: _types_pb2.Request
     decode_address: str
     lease_id: str
     ship_draft: bool
     samples: int
-    def __init__(self, request: _Optional[_Union[_types_pb2.Request, _Mapping]] = ..., decode_address: _Optional[str] = ..., lease_id: _Optional[str] = ..., ship_draft: _Optional[bool] = ..., samples: _Optional[int] = ...) -> None: ...
+    priority: int
+    queued_ms: int
+    def __init__(self, request: _Optional[_Union[_types_pb2.Request, _Mapping]] = ..., decode_address: _Optional[str] = ..., lease_id: _Optional[str] = ..., ship_draft: _Optional[bool] = ..., samples: _Optional[int] = ..., priority: _Optional[int] = ..., queued_ms: _Optional[int] = ...) -> None: ...
 
 class PrefillResponse(_message.Message):
     __slots__ = ("first_token", "handed_off")
@@ -29,16 +33,18 @@ class PrefillResponse(_message.Message):
     def __init__(self, first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., handed_off: _Optional[_Union[HandedOff, _Mapping]] = ...) -> None: ...
 
 class FirstToken(_message.Message):
-    __slots__ = ("token_id", "finish_reason", "sample", "logprobs")
+    __slots__ = ("token_id", "finish_reason", "sample", "logprobs", "cached_tokens")
     TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     token_id: int
     finish_reason: _types_pb2.FinishReason
     sample: int
     logprobs: _types_pb2.TokenLogprobs
-    def __init__(self, token_id: _Optional[int] = ..., finish_reason: _Optional[_Union[_types_pb2.FinishReason, str]] = ..., sample: _Optional[int] = ..., logprobs: _Optional[_Union[_types_pb2.TokenLogprobs, _Mapping]] = ...) -> None: ...
+    cached_tokens: int
+    def __init__(self, token_id: _Optional[int] = ..., finish_reason: _Optional[_Union[_types_pb2.FinishReason, str]] = ..., sample: _Optional[int] = ..., logprobs: _Optional[_Union[_types_pb2.TokenLogprobs, _Mapping]] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class HandedOff(_message.Message):
     __slots__ = ("kv_bytes", "frames", "tree_nodes")

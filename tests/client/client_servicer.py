@@ -91,7 +91,7 @@ def finished(request: gateway_pb2.GenerateRequest) -> gateway_pb2.Completion:
     unknown = request.prompt == "!unknown reason"
     return gateway_pb2.Completion(
         finish_reason=types_pb2.FINISH_REASON_UNSPECIFIED if unknown else types_pb2.FINISH_REASON_STOP,
-        usage=gateway_pb2.Usage(prompt_tokens=7, completion_tokens=len(request.prompt)),
+        usage=gateway_pb2.Usage(prompt_tokens=7, completion_tokens=len(request.prompt), cached_tokens=5),
         speculation=types_pb2.Speculation(target_forwards=4, drafted=20, accepted=6),
         seed=request.seed if request.HasField("seed") else 99,
         failovers=1,

@@ -47,6 +47,7 @@ def test_complete_returns_everything(client: Client, gateway: ScriptedGateway) -
     result = client.complete(prompt="abc", max_tokens=5, seed=3)
     assert (result.text, result.token_ids, result.finish_reason) == ("abc.", (97, 98, 99), "stop")
     assert (result.usage.prompt_tokens, result.usage.completion_tokens) == (7, 3)
+    assert result.usage.cached_tokens == 5
     assert (result.speculation.target_forwards, result.speculation.drafted, result.speculation.accepted) == (4, 20, 6)
     assert result.speculation.acceptance_length == 2.5
     assert (result.seed, result.failovers, result.preemptions) == (3, 1, 2)
@@ -63,7 +64,7 @@ def test_a_result_is_fit_for_json(client: Client) -> None:
     assert values["text"] == "ab."
     assert values["token_ids"] == [97, 98]
     assert values["finish_reason"] == "stop"
-    assert values["usage"] == {"prompt_tokens": 7, "completion_tokens": 2}
+    assert values["usage"] == {"prompt_tokens": 7, "completion_tokens": 2, "cached_tokens": 5}
     assert values["speculation"]["acceptance_length"] == 2.5
 
 

@@ -48,7 +48,7 @@ class Script(gateway_pb2_grpc.GatewayServiceServicer):
                 text=f" ({sample})" if sample else "",
                 finished=gateway_pb2.Completion(
                     finish_reason=types_pb2.FINISH_REASON_STOP,
-                    usage=gateway_pb2.Usage(prompt_tokens=4, completion_tokens=3),
+                    usage=gateway_pb2.Usage(prompt_tokens=4, completion_tokens=3, cached_tokens=2),
                     speculation=types_pb2.Speculation(target_forwards=1, drafted=8, accepted=1),
                     seed=7,
                 ),
@@ -219,7 +219,7 @@ def test_json_carries_samples_and_logprobs(script: tuple[Script, str], capsys: p
     answer = json.loads(capsys.readouterr().out)
     assert [sample["text"] for sample in answer["samples"]] == ["Héllo!", "Héllo! (1)"]
     assert answer["text"] == "Héllo!"
-    assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 6}
+    assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 6, "cached_tokens": 2}
     assert answer["samples"][1]["logprobs"][2] == {"logprob": -0.5, "top": [[2, -0.25]]}
 
 
@@ -242,7 +242,7 @@ def test_generate_json(script: tuple[Script, str], capsys: pytest.CaptureFixture
         "failovers": 0,
         "preemptions": 0,
     }
-    usage = {"prompt_tokens": 4, "completion_tokens": 3}
+    usage = {"prompt_tokens": 4, "completion_tokens": 3, "cached_tokens": 2}
     assert answer == {**sample, "usage": usage, "seed": 7, "samples": [sample]}
     assert 0 < timing["time_to_first_token_s"] <= timing["duration_s"]
 

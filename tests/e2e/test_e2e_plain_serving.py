@@ -73,6 +73,17 @@ def test_greedy_text_is_that_of_transformers(served: Served, tiny: TinyModel) ->
         assert (completion.usage.prompt_tokens, completion.usage.completion_tokens) == (len(prompt), 120)
 
 
+def test_a_repeated_prompt_is_computed_once(served: Served) -> None:
+    prompt = "once more " * 12
+    first = served.complete(prompt=prompt, **LONG)
+    length = first.usage.prompt_tokens
+    assert first.usage.cached_tokens < length // 2, "no other test has this prompt"
+    again = served.complete(prompt=prompt, **LONG)
+    assert again.usage.cached_tokens == (length - 1) // 16 * 16 > 0
+    assert again.token_ids == first.token_ids
+    assert again.speculation == first.speculation
+
+
 def test_speculation_is_reported(served: Served) -> None:
     completion = served.complete(prompt=PROMPTS[0], **LONG)
     speculation = completion.speculation

@@ -62,14 +62,17 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServiceServicer):
     finish_first: int = types_pb2.FINISH_REASON_UNSPECIFIED
     finish_samples: tuple[int, ...] = ()  # those that end with their first token
     forget_logprobs: bool = False
+    cached: int = 0
     incarnation: str = "p1"
     requests: list[types_pb2.Request] = field(default_factory=list)
     samples: list[int] = field(default_factory=list)  # asked for with each request
+    places: list[tuple[int, int]] = field(default_factory=list)  # priority and queued_ms that came with it
     running: int = 0
 
     async def Prefill(self, request, context):
         self.requests.append(request.request)
         self.samples.append(request.samples)
+        self.places.append((request.priority, request.queued_ms))
         self.running += 1
         try:
             if self.failures and (failure := self.failures.pop(0)):
@@ -105,7 +108,10 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServiceServicer):
         prompt, index = tuple(request.prompt), len(request.emitted)
         number = request.sampling.sample_index + sample
         first = prefill_pb2.FirstToken(
-            token_id=token_at(prompt, index, number), finish_reason=self.finish_first, sample=sample
+            token_id=token_at(prompt, index, number),
+            finish_reason=self.finish_first,
+            sample=sample,
+            cached_tokens=self.cached + len(request.emitted),
         )
         if request.HasField("logprobs") and not self.forget_logprobs:
             first.logprobs.CopyFrom(logprobs_at(prompt, index, number, request.logprobs))

@@ -93,7 +93,7 @@ async def test_a_step_that_fails_aborts_the_running_and_the_worker_goes_on(
         assert (await stream.read()).tokens.index == 0
         assert await code_of(stream.read()) is grpc.StatusCode.ABORTED
     with monkeypatch.context() as broken:
-        broken.setattr(PrefillRunner, "advance", _raise)
+        broken.setattr(PrefillRunner, "advance_many", _raise)
         lease = await workers.reserve(request)
         assert await code_of(workers.start_prefill(request, lease)) is grpc.StatusCode.ABORTED
         await workers.abort(lease)
