@@ -126,6 +126,17 @@ class WorkerConfig:
 
 
 @dataclass(frozen=True)
+class TransferConfig:
+    """How KV goes from prefill to decode workers."""
+
+    #: Connections that one hand-off may use at once.
+    streams: int = 1
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.streams <= 8, f"transfer.streams: must be between 1 and 8, got {self.streams}")
+
+
+@dataclass(frozen=True)
 class GatewayConfig:
     """The front door. The worker addresses are filled in by the launcher, or by hand without Ray."""
 
@@ -173,6 +184,7 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     prefill: WorkerConfig = field(default_factory=WorkerConfig)
     decode: WorkerConfig = field(default_factory=WorkerConfig)
+    transfer: TransferConfig = field(default_factory=TransferConfig)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from branchline.core import DraftTree, KvPart, KvSpan, TokenLogprobs
 from branchline.engine.models.protocol import KvGeometry
+from branchline.wire.index_set import IndexSet
 
 
 @dataclass
@@ -20,10 +21,11 @@ class SampleArrival:
 
 @dataclass
 class Arrived:
-    """It outlives a broken stream, so that the next one goes on from here."""
+    """It outlives broken streams, so that others go on from here."""
 
     samples: list[SampleArrival]
-    next_index: int = 0
+    #: The frames that have come.
+    frames: IndexSet = field(default_factory=IndexSet)
     #: What the samples share: the target's KV, and the draft rows in front of the context's end.
     target_bytes: int = 0
     draft_bytes: int = 0

@@ -11,8 +11,10 @@ from branchline.core import MAX_LOGPROBS, InvalidRequestError, KvPart, KvSpan
 from branchline.engine.models.protocol import KvGeometry
 from branchline.v1 import decode_pb2
 from branchline.wire.convert import logprobs_from_proto, tree_from_proto
-from branchline.wire.frames import read_kv_frame
+from branchline.wire.frames import DamagedFrameError, read_kv_frame
+from branchline.wire.seals import intact
 from branchline.wire.status import RpcFailure
+from branchline.wire.transfer import MAX_AHEAD
 from decode_worker.leases import LeaseState
 from decode_worker.session import SampleGroup, Session
 from decode_worker.sessions import Sessions
@@ -28,7 +30,9 @@ class Intake:
         self._lease = group.members[0].lease
 
     def check_header(self, header: decode_pb2.HandoffHeader) -> None:
-        """Raises RpcFailure or InvalidRequestError when the header doesn't fit this stream and worker."""
+        """Raises RpcFailure or InvalidRequestError when the header is damaged or doesn't fit this stream and worker."""
+        if not intact(header):
+            raise DamagedFrameError("a hand-off header: wrong checksum")
         if header.lease_id != self._lease.lease_id:
             raise InvalidRequestError("a hand-off stream serves one lease only")
         ours = str(self._sessions.engine.runner.target_kv.dtype).removeprefix("torch.")
@@ -41,7 +45,7 @@ class Intake:
         Raises DamagedFrameError, or InvalidRequestError for what wasn't promised.
         """
         span, data = read_kv_frame(frame)
-        if not self._is_next(frame.index):
+        if self._is_here(frame.index):
             return None
         member = self._member(frame.index, frame.sample)
         geometry = self._promised(span, frame.sample)
@@ -49,18 +53,20 @@ class Intake:
         if len(data) != expected:
             raise InvalidRequestError(f"KV frame {frame.index}: {len(data)} bytes, its span has {expected}")
         self._arrived.count(span, frame.sample, len(data), self._lease.context_length)
-        self._arrived.next_index += 1
+        self._arrived.frames.add(frame.index)
         if member.lease.state.ended:
-            return settled_at_once()
+            return _settled_at_once()
         thread, engine, lease_id = self._sessions.thread, self._sessions.engine, member.lease.lease_id
         imported = thread.submit_bulk(len(data), engine.import_kv, lease_id, span, data)
         imported.add_done_callback(self._on_imported)
         return imported
 
-    def take_draft(self, frame: decode_pb2.DraftFrame) -> bool:
-        """False for a frame that is here already. Raises InvalidRequestError."""
-        if not self._is_next(frame.index):
-            return False
+    def take_draft(self, frame: decode_pb2.DraftFrame) -> asyncio.Future[None] | None:
+        """As `take_kv`, with nothing to import. Raises DamagedFrameError, InvalidRequestError."""
+        if not intact(frame):
+            raise DamagedFrameError(f"draft frame {frame.index}: wrong checksum")
+        if self._is_here(frame.index):
+            return None
         self._member(frame.index, frame.sample)
         arrived = self._arrived.samples[frame.sample]
         if arrived.first_token is not None:
@@ -74,8 +80,8 @@ class Intake:
         if frame.HasField("first_logprobs"):
             arrived.logprobs = logprobs_from_proto(frame.first_logprobs)
         arrived.first_token, arrived.tree = frame.first_token, tree
-        self._arrived.next_index += 1
-        return True
+        self._arrived.frames.add(frame.index)
+        return _settled_at_once()
 
     def finish(self, commit: decode_pb2.CommitFrame) -> None:
         """All imports are done. A commit that is repeated, its answer lost, changes nothing.
@@ -83,7 +89,7 @@ class Intake:
         Raises RpcFailure with DATA_LOSS when something has not come.
         """
         arrived, runner = self._arrived, self._sessions.engine.runner
-        came = (arrived.next_index, arrived.kv_bytes)
+        came = (len(arrived.frames), arrived.kv_bytes)
         if came != (commit.frames, commit.kv_bytes):
             raise RpcFailure(
                 grpc.StatusCode.DATA_LOSS,
@@ -102,12 +108,12 @@ class Intake:
         if error is not None:
             self._sessions.live.abort(self._lease.lease_id, f"a frame could not be taken over: {error}")
 
-    def _is_next(self, index: int) -> bool:
-        """False for a frame that is here already. Raises InvalidRequestError when one was left out."""
-        expected = self._arrived.next_index
-        if index > expected:
-            raise InvalidRequestError(f"frame {index} came when {expected} was expected")
-        return index == expected
+    def _is_here(self, index: int) -> bool:
+        """Whether the frame has come already. Raises InvalidRequestError when it is too far ahead."""
+        frames = self._arrived.frames
+        if index >= frames.next + MAX_AHEAD:
+            raise InvalidRequestError(f"frame {index} came while frame {frames.next} is missing")
+        return index in frames
 
     def _member(self, index: int, sample: int) -> Session:
         members = self._group.members
@@ -136,7 +142,7 @@ class Intake:
         return geometry
 
 
-def settled_at_once() -> asyncio.Future[None]:
+def _settled_at_once() -> asyncio.Future[None]:
     """The import of a frame that brings nothing for the cache, or only for a sample that has ended."""
     future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     future.set_result(None)

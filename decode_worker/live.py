@@ -91,7 +91,7 @@ class LiveSessions:
         self._thread.submit(self._engine.release, lease.lease_id).add_done_callback(on_freed)
         session.log(state.value, f"tokens={session.next_output} reason={reason!r}")
         if session.sample == 0:
-            group.end_handoff(f"lease {lease.lease_id} has ended: {reason}")
+            group.flow.end(f"lease {lease.lease_id} has ended: {reason}")
             if not group.complete:
                 for member in group.live:
                     self.end(member, ending)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
 
@@ -19,7 +18,7 @@ from branchline.wire.convert import (
     speculation_to_proto,
 )
 from branchline.wire.status import RpcFailure
-from decode_worker.handoff import HandoffReceiver
+from decode_worker.handoff import receive_handoff
 from decode_worker.leases import LeaseState
 from decode_worker.reservations import Ask
 from decode_worker.session import Aborted, Finish, Preempted, TokenBatch
@@ -93,18 +92,8 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
     async def Handoff(  # noqa: N802
         self, requests: AsyncIterator[decode_pb2.HandoffRequest], _: grpc.aio.ServicerContext
     ) -> AsyncIterator[decode_pb2.HandoffResponse]:
-        stall_s = self._sessions.table.ttl_s
         with self._serving():
-            try:
-                async with asyncio.timeout(stall_s):
-                    first = await anext(requests, None)
-            except TimeoutError:
-                raise RpcFailure(grpc.StatusCode.DEADLINE_EXCEEDED, "no hand-off header came") from None
-            if first is None or first.WhichOneof("part") != "header":
-                raise RpcFailure(grpc.StatusCode.INVALID_ARGUMENT, "a hand-off begins with a header")
-            session = self._sessions.open_handoff(first.header.lease_id)
-            receiver = HandoffReceiver(self._sessions, session, requests, stall_s)
-            async with contextlib.aclosing(receiver.responses(first.header)) as responses:
+            async with contextlib.aclosing(receive_handoff(self._sessions, requests)) as responses:
                 async for response in responses:
                     yield response
 

@@ -6,11 +6,9 @@ import asyncio
 import logging
 from dataclasses import dataclass, field
 
-import grpc
-
 from branchline.core import FinishReason, Request, SpeculationStats, TokenLogprobs
-from branchline.wire.status import RpcFailure
 from decode_worker.arrived import Arrived
+from decode_worker.flow import HandoffFlow
 from decode_worker.leases import Lease
 
 logger = logging.getLogger(__name__)
@@ -54,19 +52,14 @@ class SampleGroup:
     arrived: Arrived
     #: By sample, those that have ended included.
     members: list[Session] = field(default_factory=list)
-    #: Sample 0's hand-off stream ends with this failure as soon as it is set.
-    handoff_over: asyncio.Future[RpcFailure] | None = None
+    #: What the streams of the hand-off, which is sample 0's, share.
+    flow: HandoffFlow = field(default_factory=HandoffFlow)
     #: The hand-off has arrived whole; from now on each sample goes its own way.
     complete: bool = False
 
     @property
     def live(self) -> list[Session]:
         return [member for member in self.members if not member.lease.state.ended]
-
-    def end_handoff(self, reason: str) -> None:
-        """Ends the open hand-off stream, if there is one."""
-        if self.handoff_over is not None and not self.handoff_over.done():
-            self.handoff_over.set_result(RpcFailure(grpc.StatusCode.ABORTED, reason))
 
 
 @dataclass(eq=False)

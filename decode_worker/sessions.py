@@ -81,13 +81,11 @@ class Sessions:
         self.live.abort(session.lease.lease_id, "the token stream was closed")
 
     def open_handoff(self, lease_id: str) -> Session:
-        """Binds a new hand-off stream to sample 0's lease, in place of an earlier one that may be half dead."""
+        """The hand-off of sample 0's lease begins, or goes on, with another stream."""
         session = self.live.find(lease_id)
         if session.sample > 0:
             raise InvalidRequestError(f"lease {lease_id} is sample {session.sample}'s: sample 0's takes the hand-off")
         group = session.group
-        group.end_handoff("another hand-off stream has taken over")
-        group.handoff_over = asyncio.get_running_loop().create_future()
         for member in group.live:
             if member.lease.state is LeaseState.RESERVED:
                 member.lease.advance(LeaseState.RECEIVING)

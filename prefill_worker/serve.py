@@ -45,7 +45,9 @@ async def serve(
 
 
 async def _serve(config: Config, host: Host[PrefillLoop], ready: Callable[[str], None]) -> None:
-    service = PrefillService(host.thread, host.engine, secrets.token_hex(8), config.prefill.lease_ttl_s)
+    service = PrefillService(
+        host.thread, host.engine, secrets.token_hex(8), config.prefill.lease_ttl_s, config.transfer.streams
+    )
     server = RpcServer(config.prefill.host, config.prefill.port)
     server.add(SERVICE, service, prefill_pb2_grpc.add_PrefillServiceServicer_to_server)
     try:

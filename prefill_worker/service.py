@@ -18,8 +18,9 @@ from branchline.v1 import decode_pb2, prefill_pb2, prefill_pb2_grpc
 from branchline.wire.convert import fingerprint_to_proto, finish_reason_to_proto, logprobs_to_proto, request_from_proto
 from prefill_worker.channels import DecodeChannels
 from prefill_worker.engine_loop import Failed, FirstToken, PrefillLoop
-from prefill_worker.handoff import HandoffSender, HandoffTotals
+from prefill_worker.handoff import HandoffSender
 from prefill_worker.jobs import PrefillJob, failure
+from prefill_worker.outbox import HandoffTotals
 
 SERVICE = "branchline.v1.PrefillService"
 
@@ -27,14 +28,16 @@ logger = logging.getLogger(__name__)
 
 
 class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
-    """`stall_s`: how long a decode worker may leave a hand-off unanswered."""
+    """`stall_s`: how long a decode worker may leave a hand-off unanswered; `streams`: how many a hand-off may use."""
 
-    def __init__(self, thread: EngineThread, engine: PrefillLoop, incarnation: str, stall_s: float) -> None:
+    def __init__(
+        self, thread: EngineThread, engine: PrefillLoop, incarnation: str, stall_s: float, streams: int = 1
+    ) -> None:
         self._thread = thread
         self._engine = engine
         self._incarnation = incarnation
         self._stall_s = stall_s
-        self._channels = DecodeChannels()
+        self._channels = DecodeChannels(streams)
         self._job_ids = itertools.count()
         self._requests = 0
         self._shipping: set[asyncio.Task[HandoffTotals]] = set()
@@ -58,12 +61,12 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         self._requests += 1
         try:
             await job.begin()
-            async with self._channels.use(message.decode_address) as stub:
+            async with self._channels.use(message.decode_address) as transport:
                 header = decode_pb2.HandoffHeader(
                     lease_id=message.lease_id,
                     kv_dtype=str(self._engine.runner.target_kv.dtype).removeprefix("torch."),
                 )
-                sender = HandoffSender(stub, message.decode_address, header, job.messages(), self._stall_s)
+                sender = HandoffSender(transport, message.decode_address, header, job.messages(), self._stall_s)
                 async with self._running(sender) as shipping, contextlib.aclosing(_answer(job, shipping)) as responses:
                     async for response in responses:
                         yield response

@@ -110,12 +110,16 @@ class HandoffRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[HandoffHeader, _Mapping]] = ..., kv: _Optional[_Union[KvFrame, _Mapping]] = ..., draft: _Optional[_Union[DraftFrame, _Mapping]] = ..., commit: _Optional[_Union[CommitFrame, _Mapping]] = ...) -> None: ...
 
 class HandoffHeader(_message.Message):
-    __slots__ = ("lease_id", "kv_dtype")
+    __slots__ = ("lease_id", "kv_dtype", "stream", "crc32c")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    STREAM_FIELD_NUMBER: _ClassVar[int]
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
     lease_id: str
     kv_dtype: str
-    def __init__(self, lease_id: _Optional[str] = ..., kv_dtype: _Optional[str] = ...) -> None: ...
+    stream: int
+    crc32c: int
+    def __init__(self, lease_id: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., stream: _Optional[int] = ..., crc32c: _Optional[int] = ...) -> None: ...
 
 class KvFrame(_message.Message):
     __slots__ = ("index", "part", "layer_start", "layer_end", "head_start", "head_end", "token_start", "token_end", "crc32c", "data", "sample")
@@ -144,7 +148,7 @@ class KvFrame(_message.Message):
     def __init__(self, index: _Optional[int] = ..., part: _Optional[_Union[KvPart, str]] = ..., layer_start: _Optional[int] = ..., layer_end: _Optional[int] = ..., head_start: _Optional[int] = ..., head_end: _Optional[int] = ..., token_start: _Optional[int] = ..., token_end: _Optional[int] = ..., crc32c: _Optional[int] = ..., data: _Optional[bytes] = ..., sample: _Optional[int] = ...) -> None: ...
 
 class DraftFrame(_message.Message):
-    __slots__ = ("index", "first_token", "tree_tokens", "tree_parents", "tree_scores", "sample", "first_logprobs")
+    __slots__ = ("index", "first_token", "tree_tokens", "tree_parents", "tree_scores", "sample", "first_logprobs", "crc32c")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     TREE_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -152,6 +156,7 @@ class DraftFrame(_message.Message):
     TREE_SCORES_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_FIELD_NUMBER: _ClassVar[int]
     FIRST_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
     index: int
     first_token: int
     tree_tokens: _containers.RepeatedScalarFieldContainer[int]
@@ -159,23 +164,30 @@ class DraftFrame(_message.Message):
     tree_scores: _containers.RepeatedScalarFieldContainer[float]
     sample: int
     first_logprobs: _types_pb2.TokenLogprobs
-    def __init__(self, index: _Optional[int] = ..., first_token: _Optional[int] = ..., tree_tokens: _Optional[_Iterable[int]] = ..., tree_parents: _Optional[_Iterable[int]] = ..., tree_scores: _Optional[_Iterable[float]] = ..., sample: _Optional[int] = ..., first_logprobs: _Optional[_Union[_types_pb2.TokenLogprobs, _Mapping]] = ...) -> None: ...
+    crc32c: int
+    def __init__(self, index: _Optional[int] = ..., first_token: _Optional[int] = ..., tree_tokens: _Optional[_Iterable[int]] = ..., tree_parents: _Optional[_Iterable[int]] = ..., tree_scores: _Optional[_Iterable[float]] = ..., sample: _Optional[int] = ..., first_logprobs: _Optional[_Union[_types_pb2.TokenLogprobs, _Mapping]] = ..., crc32c: _Optional[int] = ...) -> None: ...
 
 class CommitFrame(_message.Message):
-    __slots__ = ("frames", "kv_bytes")
+    __slots__ = ("frames", "kv_bytes", "crc32c")
     FRAMES_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
     frames: int
     kv_bytes: int
-    def __init__(self, frames: _Optional[int] = ..., kv_bytes: _Optional[int] = ...) -> None: ...
+    crc32c: int
+    def __init__(self, frames: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., crc32c: _Optional[int] = ...) -> None: ...
 
 class HandoffResponse(_message.Message):
-    __slots__ = ("next_index", "ready")
+    __slots__ = ("next_index", "ready", "resend", "crc32c")
     NEXT_INDEX_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
+    RESEND_FIELD_NUMBER: _ClassVar[int]
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
     next_index: int
     ready: bool
-    def __init__(self, next_index: _Optional[int] = ..., ready: _Optional[bool] = ...) -> None: ...
+    resend: _containers.RepeatedScalarFieldContainer[int]
+    crc32c: int
+    def __init__(self, next_index: _Optional[int] = ..., ready: _Optional[bool] = ..., resend: _Optional[_Iterable[int]] = ..., crc32c: _Optional[int] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("lease_id", "reason")

@@ -89,11 +89,13 @@ class DecodeServiceServicer:
 
     def Handoff(self, request_iterator, context):
         """Takes over the prompt's KV and the first draft tree. The first request is a header; frames follow with
-        indices from 0, each with its checksum, and a commit with the totals ends them. Responses acknowledge;
-        the first tells which frame is expected next, so a broken stream is resumed by a new call that starts there.
-        A frame sent again is acknowledged and ignored; the header sent again is a heartbeat, for a sender that computes
-        for long between two frames. DATA_LOSS on a wrong checksum or total; INVALID_ARGUMENT
-        on a frame outside the promised range; ABORTED when the lease ended meanwhile; NOT_FOUND for an unknown lease.
+        indices from 0, in any order, and a commit with the totals ends them; each carries its checksum. One hand-off may
+        use up to eight streams at once: each begins with a header and carries some of the frames, one of them the commit.
+        Responses acknowledge and ask again for damaged frames; the first tells what is missing, so a broken stream is
+        resumed by a new call that sends what isn't acknowledged. A frame sent again is acknowledged and ignored; the header
+        sent again is a heartbeat, which is answered. DATA_LOSS on a wrong total, a hole, or a damaged message that can't be
+        asked for again (a new stream may go on); INVALID_ARGUMENT on a frame outside the promised range; ABORTED when the
+        lease ended meanwhile; NOT_FOUND for an unknown lease. docs/handoff.md has the details.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

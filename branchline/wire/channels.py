@@ -52,12 +52,14 @@ SERVER_OPTIONS: Options = (
 )
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
+def open_channel(address: str, *, shared: bool = True) -> grpc.aio.Channel:
     """A channel to `HOST:PORT`; connects with its first call. The caller closes it: `async with` or `close()`.
 
+    Channels to the same address share one connection, but for those that aren't `shared`: each has its own.
     It belongs to the event loop that runs now. Raises InvalidRequestError when `address` is not HOST:PORT.
     """
     host, separator, port = address.rpartition(":")
     if not separator or not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
         raise InvalidRequestError(f"an address must be HOST:PORT, got {address!r}")
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    own = () if shared else (("grpc.use_local_subchannel_pool", 1),)
+    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS + own)

@@ -21,6 +21,7 @@ from branchline.core import (
     TokenLogprobs,
 )
 from branchline.v1 import decode_pb2, types_pb2
+from branchline.wire.seals import seal
 
 
 def request_to_proto(request: Request) -> types_pb2.Request:
@@ -116,7 +117,7 @@ def tree_to_proto(
     tree: DraftTree, *, index: int, first_token: int, sample: int = 0, logprobs: TokenLogprobs | None = None
 ) -> decode_pb2.DraftFrame:
     """The hand-off's frame number `index`: a sample's root token and the tree that hangs on it."""
-    return decode_pb2.DraftFrame(
+    frame = decode_pb2.DraftFrame(
         index=index,
         first_token=first_token,
         tree_tokens=tree.tokens,
@@ -125,6 +126,8 @@ def tree_to_proto(
         sample=sample,
         first_logprobs=None if logprobs is None else logprobs_to_proto(logprobs),
     )
+    seal(frame)
+    return frame
 
 
 def tree_from_proto(message: decode_pb2.DraftFrame) -> DraftTree:

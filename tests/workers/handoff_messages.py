@@ -11,6 +11,7 @@ from branchline.core import DraftTree, KvPart, KvSpan, TokenLogprobs
 from branchline.v1 import decode_pb2
 from branchline.wire.convert import tree_to_proto
 from branchline.wire.frames import kv_frame
+from branchline.wire.seals import Sealed, seal
 
 TREE = DraftTree((4, 6), (0, 1), (-0.5, -1.0))
 
@@ -29,8 +30,14 @@ def zeros(of: KvSpan) -> bytes:
     return bytes(sizes[0] * sizes[1] * sizes[2] * 2 * HEAD_DIM * 4)
 
 
-def header(lease_id: str, kv_dtype: str = "float32") -> decode_pb2.HandoffRequest:
-    return decode_pb2.HandoffRequest(header=decode_pb2.HandoffHeader(lease_id=lease_id, kv_dtype=kv_dtype))
+def header(lease_id: str, kv_dtype: str = "float32", stream: int = 0) -> decode_pb2.HandoffRequest:
+    return sealed(decode_pb2.HandoffHeader(lease_id=lease_id, kv_dtype=kv_dtype, stream=stream))
+
+
+def sealed(message: Sealed) -> decode_pb2.HandoffRequest:
+    seal(message)
+    parts = {"HandoffHeader": "header", "DraftFrame": "draft", "CommitFrame": "commit"}
+    return decode_pb2.HandoffRequest(**{parts[type(message).__name__]: message})
 
 
 def kv(index: int, of: KvSpan, data: bytes | None = None, sample: int = 0) -> decode_pb2.HandoffRequest:
@@ -51,7 +58,7 @@ def draft(
 def commit(messages: list[decode_pb2.HandoffRequest], **changes: int) -> decode_pb2.HandoffRequest:
     totals = decode_pb2.CommitFrame(frames=len(messages), kv_bytes=sum(len(message.kv.data) for message in messages))
     totals.MergeFrom(decode_pb2.CommitFrame(**changes))
-    return decode_pb2.HandoffRequest(commit=totals)
+    return sealed(totals)
 
 
 def frames(context: int, with_draft: bool = True) -> list[decode_pb2.HandoffRequest]:

@@ -88,12 +88,12 @@ async def test_another_dtype_is_refused_by_name(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize(("accident", "at"), [("damage", 1), ("damage", 3), ("break", 1), ("break", 2), ("break", 5)])
-async def test_a_handoff_is_resumed_after_an_accident(workers: Driver, tiny: Tiny, accident: str, at: int) -> None:
+async def test_a_handoff_survives_an_accident(workers: Driver, tiny: Tiny, accident: str, at: int) -> None:
     async with bad_road(workers.decode_address, accident, at) as (address, road):
         workers.decode_address = address
         outcome = await workers.complete(workers.request(prompt(70), 16))
         assert tuple(outcome.token_ids) == tiny.greedy(prompt(70), 16)
-        assert road.streams == 2
+        assert road.streams == (1 if accident == "damage" else 2)
 
 
 async def test_a_handoff_that_is_not_answered_ends_in_time(workers: Driver) -> None:

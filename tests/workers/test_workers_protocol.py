@@ -8,12 +8,13 @@ import math
 import grpc
 import handoff_messages as wire
 import pytest
-from handoff_messages import commit, draft, frames, header, kv, send, span
+from handoff_messages import commit, draft, frames, header, kv, sealed, send, span
 from model_helpers import HEAD_DIM, KV_HEADS, LAYERS, VOCAB
 from worker_driver import Driver, code_of, drain, eventually
 
 from branchline.core import DraftTree, KvPart, Request
 from branchline.v1 import decode_pb2
+from branchline.wire.transfer import MAX_AHEAD, MAX_STREAMS
 
 pytestmark = pytest.mark.wire
 
@@ -64,12 +65,11 @@ async def test_a_whole_handoff_is_ready_and_runs(workers: Driver, request_: Requ
         kv(0, span(DRAFT, layers=(0, 1), tokens=(1, CONTEXT + 2))),
         kv(0, span(DRAFT, layers=(1, 2), tokens=(1, 2))),
         kv(0, span(), data=b"too short"),
-        kv(1, span()),
+        kv(MAX_AHEAD, span()),
         draft(0, first_token=VOCAB),
         draft(0, tree=DraftTree((VOCAB,), (0,), (-1.0,))),
         draft(0, tree=DraftTree((1,), (0,), (math.nan,))),
-        decode_pb2.HandoffRequest(draft=decode_pb2.DraftFrame(tree_tokens=[1], tree_parents=[3], tree_scores=[0.0])),
-        decode_pb2.HandoffRequest(),
+        sealed(decode_pb2.DraftFrame(tree_tokens=[1], tree_parents=[3], tree_scores=[0.0])),
         header("another lease"),
     ],
     ids=str,
@@ -88,14 +88,16 @@ async def test_a_damaged_frame_may_be_sent_again(workers: Driver, request_: Requ
     damaged = decode_pb2.HandoffRequest()
     damaged.CopyFrom(messages[1])
     damaged.kv.data = b"\1" + damaged.kv.data[1:]
-    assert await code_of(send(workers.decode, [header(lease_id), messages[0], damaged])) is grpc.StatusCode.DATA_LOSS
     call = workers.decode.Handoff(timeout=20)
-    await call.write(header(lease_id))
-    assert (await call.read()).next_index == 1
-    for message in [*messages[1:], commit(messages)]:
+    for message in [header(lease_id), messages[0], damaged, *messages[2:], commit(messages)]:
         await call.write(message)
+    while not (response := await call.read()).resend:
+        assert not response.ready
+        assert response.next_index <= 1
+    assert list(response.resend) == [1]
+    await call.write(messages[1])
     while not (response := await call.read()).ready:
-        pass
+        assert not response.resend
     assert response.next_index == len(messages)
     assert (await stream.read()).tokens.token_ids == [5]
     stream.cancel()
@@ -111,6 +113,19 @@ async def test_a_frame_that_comes_twice_is_ignored(workers: Driver, request_: Re
     assert (again.next_index, again.ready) == (len(messages), True)
     await workers.decode.Abort(decode_pb2.AbortRequest(lease_id=lease_id))
     assert request_.max_tokens == 8
+
+
+async def test_a_message_that_cannot_be_read_breaks_the_stream_and_no_more(workers: Driver, lease_id: str) -> None:
+    messages = frames(CONTEXT)
+    broken_header = header(lease_id)
+    broken_header.header.stream ^= 1
+    broken_commit = commit(messages)
+    broken_commit.commit.frames ^= 1
+    nothing = decode_pb2.HandoffRequest()
+    for spoilt in ([nothing], [broken_header], *([header(lease_id), one] for one in (nothing, broken_commit))):
+        assert await code_of(send(workers.decode, spoilt)) is grpc.StatusCode.DATA_LOSS
+    assert (await send(workers.decode, [header(lease_id), *messages, commit(messages)])).ready
+    await workers.decode.Abort(decode_pb2.AbortRequest(lease_id=lease_id))
 
 
 @pytest.mark.parametrize("changes", [{"frames": 3}, {"kv_bytes": 1}], ids=str)
@@ -144,21 +159,27 @@ async def test_only_a_header_of_this_worker_opens_a_handoff(workers: Driver, lea
     failed = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION
     assert await code_of(send(workers.decode, [kv(0, span())])) is failed[0]
     assert await code_of(send(workers.decode, [])) is failed[0]
+    assert await code_of(send(workers.decode, [header(lease_id, stream=MAX_STREAMS)])) is failed[0]
     assert await code_of(send(workers.decode, [header("unknown")])) is failed[1]
     assert await code_of(send(workers.decode, [header(lease_id, kv_dtype="bfloat16")])) is failed[2]
     await workers.decode.Abort(decode_pb2.AbortRequest(lease_id=lease_id))
 
 
-async def test_a_new_handoff_stream_takes_over(workers: Driver, lease_id: str) -> None:
+async def test_a_new_handoff_stream_takes_its_numbers_place(workers: Driver, lease_id: str) -> None:
     messages = frames(CONTEXT)
     old = workers.decode.Handoff(timeout=20)
     await old.write(header(lease_id))
     await old.write(messages[0])
     assert (await old.read()).next_index == 0
     assert (await old.read()).next_index == 1
+    other = workers.decode.Handoff(timeout=20)
+    await other.write(header(lease_id, stream=1))
+    assert (await other.read()).next_index == 1
     last = await send(workers.decode, [header(lease_id), *messages[1:], commit(messages)])
     assert last.ready
     assert await code_of(old.read()) is grpc.StatusCode.ABORTED
+    while not (await other.read()).ready:
+        pass
     await workers.decode.Abort(decode_pb2.AbortRequest(lease_id=lease_id))
 
 
@@ -211,7 +232,7 @@ async def test_a_stalled_handoff_costs_the_lease(workers: Driver, request_: Requ
     _, status = await workers.status()
     assert status.leases == 1
     assert await code_of(stream.read()) is grpc.StatusCode.ABORTED
-    assert await code_of(call.read()) is grpc.StatusCode.ABORTED
+    assert await code_of(drain(call)) is grpc.StatusCode.ABORTED
 
 
 async def test_a_lease_that_nobody_uses_expires(workers: Driver, request_: Request, lease_id: str) -> None:

@@ -1,0 +1,154 @@
+"""A transport in memory: streams to a real receiver without sockets, on which messages meet with accidents.
+
+Faults are drawn from a seeded generator, message by message, so a failing hand-off can be played again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from branchline.core import InvalidRequestError
+from branchline.v1 import decode_pb2
+from branchline.wire.status import RpcFailure, failure_for
+from branchline.wire.transfer import Stream, StreamError
+
+Receive = Callable[[AsyncIterator[decode_pb2.HandoffRequest]], AsyncGenerator[decode_pb2.HandoffResponse]]
+M = TypeVar("M", bound=Message)
+
+#: Messages that a stream holds on their way, in each direction.
+CAPACITY = 4
+
+
+@dataclass(frozen=True)
+class Faults:
+    """Probabilities, for each message; `lost` and `doubled` befall frames alone."""
+
+    #: A flipped bit anywhere, and in the KV alone.
+    damaged: float = 0.0
+    data: float = 0.0
+    lost: float = 0.0
+    doubled: float = 0.0
+    delayed: float = 0.0
+    broken: float = 0.0
+    #: From here on the stream swallows everything.
+    stalled: float = 0.0
+    delay_s: float = 0.005
+
+
+@dataclass
+class FakeTransport:
+    """`receive` is the decode worker's side."""
+
+    receive: Receive
+    streams: int = 1
+    faults: Faults = Faults()
+    random: random.Random = field(default_factory=random.Random)
+    opened: int = 0
+    #: Streams whose receiving side has not ended.
+    live: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def open(self, number: int) -> Stream:
+        assert 0 <= number < self.streams
+        self.opened += 1
+        return _FakeStream(self)
+
+    async def settle(self) -> None:
+        """Returns when the receiving sides of all streams have ended."""
+        while self.live:
+            await asyncio.wait(self.live)
+
+
+class _FakeStream:
+    def __init__(self, transport: FakeTransport) -> None:
+        self._transport = transport
+        self._requests: asyncio.Queue[decode_pb2.HandoffRequest | None] = asyncio.Queue(CAPACITY)
+        self._responses: asyncio.Queue[decode_pb2.HandoffResponse] = asyncio.Queue(CAPACITY)
+        self._ended: asyncio.Future[StreamError] = asyncio.get_running_loop().create_future()
+        self._stalled = False
+        self._serving = asyncio.create_task(self._serve())
+        transport.live.add(self._serving)
+        self._serving.add_done_callback(transport.live.discard)
+
+    async def send(self, message: decode_pb2.HandoffRequest) -> None:
+        frame = message.WhichOneof("part") in ("kv", "draft")
+        for _ in range(await self._copies(frame)):
+            await self._unless_ended(self._requests.put(self._spoilt(message)))
+
+    async def receive(self) -> decode_pb2.HandoffResponse:
+        response = await self._unless_ended(self._responses.get())
+        await self._copies(False)
+        while self._stalled:
+            await self._unless_ended(asyncio.Event().wait())
+        damaged = self._spoilt(response)
+        if damaged is None:
+            raise StreamError(grpc.StatusCode.DATA_LOSS, "a response came damaged")
+        return damaged
+
+    def close(self) -> None:
+        self._serving.cancel()
+
+    async def _copies(self, frame: bool) -> int:
+        """What befalls a message: how often it arrives, and when."""
+        faults, chance = self._transport.faults, self._transport.random.random
+        if chance() < faults.delayed:
+            await asyncio.sleep(faults.delay_s * chance())
+        if chance() < faults.broken:
+            self._serving.cancel()
+        self._stalled = self._stalled or chance() < faults.stalled
+        if self._stalled or (frame and chance() < faults.lost):
+            return 0
+        return 2 if frame and chance() < faults.doubled else 1
+
+    def _spoilt(self, message: M) -> M | None:
+        """A copy, damaged or not; None for one that is no message any more."""
+        faults, generator = self._transport.faults, self._transport.random
+        data = bytearray(message.SerializeToString())
+        kv = message.kv.data if isinstance(message, decode_pb2.HandoffRequest) else b""
+        if kv and generator.random() < faults.data:
+            data[data.find(kv) + generator.randrange(len(kv))] ^= 1
+        if generator.random() < faults.damaged:
+            data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
+        try:
+            return type(message).FromString(bytes(data))
+        except DecodeError:
+            return None
+
+    async def _unless_ended(self, coroutine):
+        """The coroutine's result. Raises what the stream ended with as soon as it has, when nothing else is left."""
+        task = asyncio.ensure_future(coroutine)
+        try:
+            await asyncio.wait({task, self._ended}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            raise self._ended.result()
+        finally:
+            task.cancel()
+
+    async def _incoming(self) -> AsyncIterator[decode_pb2.HandoffRequest]:
+        while True:
+            request = await self._requests.get()
+            if request is None:
+                raise InvalidRequestError("not a valid message")
+            yield request
+
+    async def _serve(self) -> None:
+        ending = StreamError(grpc.StatusCode.UNAVAILABLE, "the stream ended before the hand-off")
+        try:
+            async with contextlib.aclosing(self._transport.receive(self._incoming())) as responses:
+                async for response in responses:
+                    await self._responses.put(response)
+        except (RpcFailure, InvalidRequestError) as error:
+            failure = failure_for(error)
+            ending = StreamError(failure.code, failure.details)
+        except asyncio.CancelledError:
+            ending = StreamError(grpc.StatusCode.UNAVAILABLE, "the road is broken")
+        finally:
+            self._ended.set_result(ending)
