@@ -41,7 +41,7 @@ from branchline.engine.thread import EngineThread
 from branchline.v1 import decode_pb2, decode_pb2_grpc
 from branchline.wire.channels import open_channel
 from branchline.wire.convert import fingerprint_to_proto, tree_to_proto
-from branchline.wire.frames import MAX_FRAME_BYTES, kv_frame, split_span
+from branchline.wire.frames import MAX_FRAME_BYTES, kv_request, split_span
 from branchline.wire.memory import keep_large_buffers
 from branchline.wire.transfer import GrpcTransport
 from prefill_worker.handoff import HandoffSender
@@ -113,7 +113,7 @@ class Rig:
                 pieces = spans[at : at + batch]
                 exported = await self.thread.submit(self._export, blocks, pieces)
                 for piece, data in zip(pieces, exported, strict=True):
-                    yield decode_pb2.HandoffRequest(kv=kv_frame(index, piece, data))
+                    yield kv_request(index, piece, data)
                     index += 1
         yield decode_pb2.HandoffRequest(draft=tree_to_proto(DraftTree(), index=index, first_token=1))
 

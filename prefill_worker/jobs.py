@@ -14,12 +14,13 @@ from branchline.engine.models.protocol import KvGeometry
 from branchline.engine.thread import EngineThread
 from branchline.v1 import decode_pb2
 from branchline.wire.convert import tree_to_proto
-from branchline.wire.frames import kv_frame, split_span
+from branchline.wire.frames import kv_request, split_span
 from branchline.wire.status import RpcFailure
 from prefill_worker.engine_loop import Computed, Drafted, Event, Failed, FirstToken, PrefillLoop
 
-#: Bytes that one command to the engine exports: what waits in memory to be sent.
-EXPORT_BYTES = 16 << 20
+#: Bytes that one command to the engine exports. A quarter of the window, so that one part is sent while the next is
+#: exported.
+EXPORT_BYTES = 4 << 20
 
 
 class PrefillJob:
@@ -70,13 +71,13 @@ class PrefillJob:
         """
         numbers = itertools.count()
         async for span, data in self._context():
-            yield decode_pb2.HandoffRequest(kv=kv_frame(next(numbers), span, data))
+            yield kv_request(next(numbers), span, data)
         for _ in range(self._samples):
             match await self._events.get():
                 case Drafted(sample, tree, row):
                     yield decode_pb2.HandoffRequest(draft=self._draft_frame(next(numbers), sample, tree))
                     if row is not None:
-                        yield decode_pb2.HandoffRequest(kv=kv_frame(next(numbers), *row, sample=sample))
+                        yield kv_request(next(numbers), *row, sample=sample)
                 case Failed(reason):
                     raise failure(reason)
                 case Computed():

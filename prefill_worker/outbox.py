@@ -25,8 +25,8 @@ class Outbox:
     """Frames stay in hand until they are acknowledged. Belongs to one event loop."""
 
     def __init__(self) -> None:
-        #: Not acknowledged, by index, in order.
-        self._held: dict[int, decode_pb2.HandoffRequest] = {}
+        #: Not acknowledged, by index, in order; with the bytes of KV, since protobuf copies these for whoever looks.
+        self._held: dict[int, tuple[decode_pb2.HandoffRequest, int]] = {}
         #: Those of them that are to be sent, or sent again, the next one first.
         self._queue: deque[int] = deque()
         #: Those of them that have been sent, with the stream that carried them last.
@@ -58,14 +58,14 @@ class Outbox:
 
     def put(self, message: decode_pb2.HandoffRequest) -> None:
         """The next frame; indices count from 0."""
-        index, totals = _index(message), self._totals
+        index, size, totals = _index(message), _size(message), self._totals
         assert index == totals.frames, f"frame {index} instead of {totals.frames}"
         assert not self._finished, f"frame {index} behind the last one"
-        self._held[index] = message
+        self._held[index] = message, size
         self._queue.append(index)
-        self._window += _size(message)
+        self._window += size
         self._totals = HandoffTotals(
-            totals.frames + 1, totals.kv_bytes + _size(message), totals.tree_nodes + len(message.draft.tree_tokens)
+            totals.frames + 1, totals.kv_bytes + size, totals.tree_nodes + len(message.draft.tree_tokens)
         )
         self.changed.beat()
 
@@ -80,7 +80,7 @@ class Outbox:
             index = self._queue.popleft()
             if index in self._held:  # else it was acknowledged while it waited to be sent again
                 self._carrier[index] = stream
-                return self._held[index]
+                return self._held[index][0]
         if self._finished and self._committed is None:
             self._committed = stream
             return self._commit()
@@ -99,7 +99,7 @@ class Outbox:
     def acknowledge(self, response: decode_pb2.HandoffResponse) -> None:
         """Drops what the decode worker has, and sends again what it asks for."""
         while self.acknowledged < min(response.next_index, self._totals.frames):
-            self._window -= _size(self._held.pop(self.acknowledged))
+            self._window -= self._held.pop(self.acknowledged)[1]
             self._carrier.pop(self.acknowledged, None)
             self.acknowledged += 1
         for index in response.resend:

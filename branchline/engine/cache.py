@@ -6,10 +6,15 @@ slots; target and draft cache share block ids, so one table serves both.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from branchline.engine.blocks import NULL_BLOCK
 from branchline.engine.models.protocol import KvGeometry
+
+#: Runs of slots from which on rows are read and loaded by index: each run is an operation, and on a GPU a launch.
+MANY_RUNS = 8
 
 
 def slots_of(block_table: torch.Tensor, positions: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -78,12 +83,23 @@ class PagedKvCache:
         planes = self.storage.flatten(0, 2)
         planes.index_copy_(1, target.reshape(-1), planes.index_select(1, source.reshape(-1)))
 
-    def read(self, layers: tuple[int, int], heads: tuple[int, int], slots: torch.Tensor) -> torch.Tensor:
-        """Rows in the wire's canonical order: `[layers, 2, tokens, heads, head_dim]`, contiguous."""
+    def read(self, layers: tuple[int, int], heads: tuple[int, int], runs: Sequence[range]) -> torch.Tensor:
+        """Rows in the wire's canonical order: `[layers, 2, tokens, heads, head_dim]`, contiguous. The tokens' slots are
+        given as runs without gaps. Few of them are copied one by one, which is several times as fast as by index."""
         part = self.storage[layers[0] : layers[1], :, heads[0] : heads[1]]
-        return part.index_select(3, slots).transpose(2, 3).contiguous()
+        if len(runs) > MANY_RUNS:
+            return part.index_select(3, self._slots(runs)).transpose(2, 3).contiguous()
+        pieces = [part[:, :, :, run.start : run.stop].transpose(2, 3) for run in runs]
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)).contiguous()
 
-    def load(self, layers: tuple[int, int], heads: tuple[int, int], slots: torch.Tensor, rows: torch.Tensor) -> None:
+    def load(self, layers: tuple[int, int], heads: tuple[int, int], runs: Sequence[range], rows: torch.Tensor) -> None:
         """The inverse of `read`."""
         part = self.storage[layers[0] : layers[1], :, heads[0] : heads[1]]
-        part.index_copy_(3, slots, rows.transpose(2, 3))
+        if len(runs) > MANY_RUNS:
+            part.index_copy_(3, self._slots(runs), rows.transpose(2, 3))
+            return
+        for run, piece in zip(runs, torch.split(rows, [len(run) for run in runs], 2), strict=True):
+            part[:, :, :, run.start : run.stop] = piece.transpose(2, 3)
+
+    def _slots(self, runs: Sequence[range]) -> torch.Tensor:
+        return torch.tensor([slot for run in runs for slot in run], device=self.storage.device)

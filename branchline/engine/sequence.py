@@ -7,7 +7,7 @@ import torch
 from branchline.config import ConfigError, EngineConfig
 from branchline.core import InvalidRequestError, KvPart, KvSpan
 from branchline.engine.blocks import BlockPool, blocks_for
-from branchline.engine.cache import PagedKvCache, slots_of
+from branchline.engine.cache import PagedKvCache
 from branchline.engine.models.protocol import Models
 from branchline.engine.tree import TreeTopology
 
@@ -44,22 +44,23 @@ class KvCaches:
 
     def read(self, blocks: list[int], span: KvSpan) -> bytes:
         """A span of a sequence as canonical bytes."""
-        cache, slots = self._locate(blocks, span)
-        rows = cache.read(span.layers, span.heads, slots)
+        cache, runs = self._locate(blocks, span)
+        rows = cache.read(span.layers, span.heads, runs)
         return rows.view(torch.uint8).cpu().numpy().tobytes()
 
     def load(self, blocks: list[int], span: KvSpan, data: bytes) -> None:
         """The inverse of `read`. Raises InvalidRequestError when the span or the number of bytes is wrong."""
-        cache, slots = self._locate(blocks, span)
+        cache, runs = self._locate(blocks, span)
         geometry = cache.geometry
         shape = span.shape(geometry.head_dim)
         expected = torch.Size(shape).numel() * geometry.dtype.itemsize
         if len(data) != expected:
             raise InvalidRequestError(f"KV span of {expected} bytes carries {len(data)}")
         rows = torch.frombuffer(bytearray(data), dtype=geometry.dtype).view(shape)
-        cache.load(span.layers, span.heads, slots, rows.to(cache.storage.device))
+        cache.load(span.layers, span.heads, runs, rows.to(cache.storage.device))
 
-    def _locate(self, blocks: list[int], span: KvSpan) -> tuple[PagedKvCache, torch.Tensor]:
+    def _locate(self, blocks: list[int], span: KvSpan) -> tuple[PagedKvCache, list[range]]:
+        """The span's cache, and its slots as runs: blocks mostly lie side by side."""
         cache = self.target if span.part is KvPart.TARGET else self.draft
         if cache is None:
             raise InvalidRequestError("draft KV, but no draft head is in use here")
@@ -72,10 +73,18 @@ class KvCaches:
             end = getattr(span, name)[1]
             if end > limit:
                 raise InvalidRequestError(f"KV span: {name} end at {end}, but there are {limit}")
-        device = cache.storage.device
-        table = torch.tensor([blocks], dtype=torch.int64, device=device)
-        positions = torch.arange(*span.tokens, device=device)[None]
-        return cache, slots_of(table, positions, self.block_size)[0]
+        runs: list[range] = []
+        at, end = span.tokens
+        while at < end:
+            offset = at % self.block_size
+            slot = blocks[at // self.block_size] * self.block_size + offset
+            size = min(end - at, self.block_size - offset)
+            if runs and runs[-1].stop == slot:
+                runs[-1] = range(runs[-1].start, slot + size)
+            else:
+                runs.append(range(slot, slot + size))
+            at += size
+        return cache, runs
 
 
 def check_token_ids(token_ids: tuple[int, ...], vocab_size: int) -> None:

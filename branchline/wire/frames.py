@@ -54,22 +54,29 @@ def split_span(span: KvSpan, bytes_per_layer_token: int, max_bytes: int = MAX_FR
     ]
 
 
+def kv_request(index: int, span: KvSpan, data: bytes, sample: int = 0) -> decode_pb2.HandoffRequest:
+    """A request with `kv_frame`. The frame is made in its place: set as a field, a message is copied with its bytes."""
+    request = decode_pb2.HandoffRequest()
+    _fill(request.kv, index, span, data, sample)
+    return request
+
+
 def kv_frame(index: int, span: KvSpan, data: bytes, sample: int = 0) -> decode_pb2.KvFrame:
     """The hand-off's frame number `index`, carrying the canonical bytes of `span`."""
-    frame = decode_pb2.KvFrame(
-        index=index,
-        part=_PART_TO_PROTO[span.part],
-        layer_start=span.layers[0],
-        layer_end=span.layers[1],
-        head_start=span.heads[0],
-        head_end=span.heads[1],
-        token_start=span.tokens[0],
-        token_end=span.tokens[1],
-        sample=sample,
-        data=data,
-    )
-    frame.crc32c = _checksum(frame, data)
+    frame = decode_pb2.KvFrame()
+    _fill(frame, index, span, data, sample)
     return frame
+
+
+def _fill(frame: decode_pb2.KvFrame, index: int, span: KvSpan, data: bytes, sample: int) -> None:
+    frame.index = index
+    frame.part = _PART_TO_PROTO[span.part]
+    frame.layer_start, frame.layer_end = span.layers
+    frame.head_start, frame.head_end = span.heads
+    frame.token_start, frame.token_end = span.tokens
+    frame.sample = sample
+    frame.data = data
+    frame.crc32c = _checksum(frame, data)
 
 
 def read_kv_frame(frame: decode_pb2.KvFrame) -> tuple[KvSpan, bytes]:

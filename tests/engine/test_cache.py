@@ -73,6 +73,24 @@ def test_a_span_survives_the_wire_between_caches_of_other_block_sizes(dtype: tor
     assert torch.equal(row[: kv.head_dim], ours.target.storage[1, 0, 0, 2 * 4 + 1])  # position 5: block 2, row 1
 
 
+@pytest.mark.parametrize("blocks", [list(range(1, 15)), [14, *range(1, 14)], list(range(14, 0, -1))], ids=str)
+def test_a_span_is_the_same_however_its_blocks_lie(blocks: list[int]) -> None:
+    """In one run, in two, and in so many that they go by index."""
+    caches = tiny_caches(block_size=4)
+    torch.manual_seed(0)
+    caches.target.storage.copy_(torch.randn(caches.target.storage.shape))
+    span = KvSpan(KvPart.TARGET, (1, 3), (0, 2), (2, 53))
+    rows = torch.stack([caches.target.storage[1:3, :, :2, blocks[at // 4] * 4 + at % 4] for at in range(2, 53)], 2)
+    data = caches.read(blocks, span)
+    assert data == rows.contiguous().numpy().tobytes()
+    other = tiny_caches(block_size=4)
+    other.load(blocks, span, data)
+    assert other.read(blocks, span) == data
+    outside = other.target.storage.clone()
+    outside[1:3, :, :2, [blocks[at // 4] * 4 + at % 4 for at in range(2, 53)]] = 0
+    assert not outside.any()
+
+
 @pytest.mark.parametrize(
     ("span", "data", "message"),
     [
