@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from branchline.engine.attention import PagedAttention
-from branchline.engine.cache import PagedKvCache, slots_of
+from branchline.engine.cache import BlockTables, PagedKvCache, slots_of
 from branchline.engine.models.protocol import KvGeometry
 from branchline.engine.tree import topology_tensors
 from branchline.engine.visibility import Visibility
@@ -98,7 +98,7 @@ class Case:
     def engine(self) -> Callable[[], None]:
         attention = PagedAttention.over(
             self.cache,
-            self.table,
+            BlockTables(self.table),
             self.base,
             torch.zeros_like(self.base),
             self.ancestors,

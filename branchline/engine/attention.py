@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from branchline.engine.cache import PagedKvCache, null_unless, slots_of
+from branchline.engine.cache import BlockTables, PagedKvCache, null_unless, slots_of
 from branchline.engine.models.protocol import Attention
 from branchline.engine.torch_attention import TorchAttention
 from branchline.engine.visibility import Visibility
@@ -18,7 +16,7 @@ class PagedAttention:
     @staticmethod
     def over(
         cache: PagedKvCache,
-        block_table: torch.Tensor,
+        block_tables: BlockTables,
         base: torch.Tensor,
         start: torch.Tensor,
         ancestors: torch.Tensor,
@@ -29,21 +27,23 @@ class PagedAttention:
     ) -> Attention:
         """For queries whose own rows lie at base + offsets.
 
-        block_table int64 `[batch, width]`; base, start int64 `[batch]`; ancestors bool `[batch or 1, queries, new]`;
+        base, start int64 `[batch]`; ancestors bool `[batch or 1, queries, new]`;
         offsets int64 and keep bool `[batch or 1, queries]`: a query that is not kept writes to the null block. depths
         int64 `[batch or 1, new]`, the new rows' positions less `base`, matters to layers with a sliding window alone;
         by default the new rows are a line.
         """
         visibility = Visibility.of(base, start, ancestors, offsets, depths)
-        slots = slots_of(block_table, base[:, None] + offsets, cache.block_size)
+        slots = slots_of(block_tables.ids, base[:, None] + offsets, cache.block_size)
         slots = null_unless(keep, slots).reshape(-1)
-        return implementation(cache.storage.device)(cache, block_table, slots, visibility)
+        return implementation(cache, block_tables, slots, visibility)
 
 
-def implementation(device: torch.device) -> Callable[[PagedKvCache, torch.Tensor, torch.Tensor, Visibility], Attention]:
-    """What makes the attention of a pass on this device."""
-    if device.type == "cuda":
+def implementation(
+    cache: PagedKvCache, block_tables: BlockTables, slots: torch.Tensor, visibility: Visibility
+) -> Attention:
+    """The attention of a pass, on the cache's device."""
+    if cache.storage.is_cuda:
         from branchline.engine.triton_attention import TritonAttention  # triton exists on GPU machines alone
 
-        return TritonAttention
-    return TorchAttention
+        return TritonAttention(cache, block_tables.ids, slots, visibility)
+    return TorchAttention(cache, block_tables, slots, visibility)

@@ -7,6 +7,7 @@ slots; target and draft cache share block ids, so one table serves both.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -15,6 +16,32 @@ from branchline.engine.models.protocol import KvGeometry
 
 #: Runs of slots from which on rows are read and loaded by index: each run is an operation, and on a GPU a launch.
 MANY_RUNS = 8
+
+
+@dataclass(frozen=True)
+class BlockTables:
+    """Where the rows of a batch's sequences lie: ids int64 `[batch, width]`.
+
+    `widths`, by default all: how many blocks of each sequence hold rows that matter. On the CPU, where shapes decide
+    how much is read, the rest is left out, best in a batch that is sorted by it. They are shapes and no tensor, so
+    nothing is read back from the device.
+    """
+
+    ids: torch.Tensor
+    widths: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        batch, width = self.ids.shape
+        assert not self.widths or (len(self.widths) == batch and max(self.widths) <= width), (self.widths, width)
+
+    @property
+    def batch(self) -> int:
+        return self.ids.shape[0]
+
+    def some(self, first: int, count: int) -> torch.Tensor:
+        """The tables of the sequences from `first` on, `count` at most, as wide as the widest of them needs."""
+        rows = slice(first, first + count)
+        return self.ids[rows, : max(self.widths[rows], default=self.ids.shape[1])]
 
 
 def slots_of(block_table: torch.Tensor, positions: torch.Tensor, block_size: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ host's knowledge of a sequence's length lags by one iteration, and blocks are al
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +17,7 @@ from branchline.core import DraftTree, FinishReason, InvalidRequestError, KvSpan
 from branchline.engine.allocations import Allocation as Allocation
 from branchline.engine.allocations import Allocations
 from branchline.engine.blocks import BlockPool
+from branchline.engine.cache import BlockTables
 from branchline.engine.draft import TreeDrafter
 from branchline.engine.execute import Executor, executor_for
 from branchline.engine.flight import Landing
@@ -227,7 +228,8 @@ class DecodeRunner:
 
     @torch.inference_mode()
     def _launch(self) -> _Flight:
-        batch = list(self._running)
+        # By length, so that attention on the CPU reads no further for a short one than for its neighbours.
+        batch = sorted(self._running, key=self._width, reverse=True)
         requests = [allocation.request for allocation in batch if allocation.request]
         slots = self._bucket([allocation.slot for allocation in batch])
         wanted = max(allocation.budget for allocation in batch)
@@ -235,10 +237,13 @@ class DecodeRunner:
             wanted = min(wanted, self._load_budget.choose(len(slots)))
         iteration = self.iteration(wanted)
         variant = SamplingVariant.of(requests)
-        block_table = self._allocations.block_tables.index_select(0, slots)[:, : self._width(batch)]
+        # A padding row is no longer than any other.
+        widths = [self._width(allocation) for allocation in batch]
+        widths += widths[-1:] * (len(slots) - len(batch))
+        tables = BlockTables(self._allocations.block_tables.index_select(0, slots)[:, : widths[0]], tuple(widths))
         grammars = {row: allocation.grammar for row, allocation in enumerate(batch) if allocation.grammar is not None}
         iteration.observe("launch")
-        emission = execute(self._executor, iteration, Batch(slots, block_table, variant, grammars))
+        emission = execute(self._executor, iteration, Batch(slots, tables, variant, grammars))
         rows = []
         for allocation in batch:
             rows.append((allocation, min(allocation.drafted, iteration.nodes)))
@@ -282,13 +287,13 @@ class DecodeRunner:
             )
         return self._iterations[nodes]
 
-    def _width(self, batch: Iterable[Allocation]) -> int:
-        """Blocks of the block table that the iteration reads."""
+    def _width(self, allocation: Allocation) -> int:
+        """Blocks of its block table that the iteration reads."""
         widest = self._allocations.block_tables.shape[1]
         if self._pipelined:
             return widest
-        longest = max(allocation.length for allocation in batch) + self.caches.headroom
-        return min(-(-longest // CONTEXT_BUCKET) * -(-CONTEXT_BUCKET // self.caches.block_size), widest)
+        rows = allocation.length + self.caches.headroom
+        return min(-(-rows // CONTEXT_BUCKET) * -(-CONTEXT_BUCKET // self.caches.block_size), widest)
 
     def _bucket(self, slots: list[int]) -> torch.Tensor:
         """The slots on the device, padded to a batch bucket with the state's padding row."""

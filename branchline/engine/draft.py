@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from branchline.engine.attention import PagedAttention
-from branchline.engine.cache import PagedKvCache
+from branchline.engine.cache import BlockTables, PagedKvCache
 from branchline.engine.models.protocol import DraftModel
 from branchline.engine.sampling import SamplingTensors, SamplingVariant, draft_scores
 
@@ -35,7 +35,7 @@ class Root:
     position: torch.Tensor
     start: torch.Tensor
     keep: torch.Tensor
-    block_table: torch.Tensor
+    block_tables: BlockTables
     sampling: SamplingTensors
     variant: SamplingVariant
 
@@ -70,7 +70,7 @@ class TreeDrafter:
         first: torch.Tensor,
         count: torch.Tensor,
         start: torch.Tensor,
-        block_table: torch.Tensor,
+        block_tables: BlockTables,
     ) -> DraftHeads:
         """Writes a line of draft rows: token_ids `[batch, n]` at rows first … first + n - 1, `count` of them real.
 
@@ -81,7 +81,7 @@ class TreeDrafter:
         offsets = torch.arange(rows, device=token_ids.device)
         triangle = offsets[:, None] >= offsets
         keep = offsets < count[:, None]
-        attention = PagedAttention.over(self.cache, block_table, first, start, triangle[None], offsets[None], keep)
+        attention = PagedAttention.over(self.cache, block_tables, first, start, triangle[None], offsets[None], keep)
         normed, recurrent = self.model.forward(
             token_ids.reshape(-1), hidden, self._rope(first[:, None] + offsets), attention
         )
@@ -112,7 +112,7 @@ class TreeDrafter:
         """
         batch, n = token_ids.shape
         attention = PagedAttention.over(
-            self.cache, root.block_table, root.position, root.start, ancestors, offsets, root.keep[:, None]
+            self.cache, root.block_tables, root.position, root.start, ancestors, offsets, root.keep[:, None]
         )
         positions = self._rope((root.position + depth)[:, None].expand(-1, n))
         normed, recurrent = self.model.forward(token_ids.reshape(-1), hidden.flatten(0, 1), positions, attention)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from branchline.engine.attention import PagedAttention
-from branchline.engine.cache import PagedKvCache, null_unless, slots_of
+from branchline.engine.cache import BlockTables, PagedKvCache, null_unless, slots_of
 from branchline.engine.draft import Root, TreeDrafter
 from branchline.engine.growing import grower_for
 from branchline.engine.models.protocol import TargetModel
@@ -95,18 +95,18 @@ class DecodeIteration:
         self._node = torch.arange(tree.num_nodes + 1, device=device)
         self._step = torch.arange(tree.depth + 1, device=device)
 
-    def run(self, slots: torch.Tensor, block_table: torch.Tensor, variant: SamplingVariant) -> Emission:
+    def run(self, slots: torch.Tensor, block_tables: BlockTables, variant: SamplingVariant) -> Emission:
         """The whole iteration.
 
-        slots int64 `[batch]`: rows of the state; block_table int64 `[batch, width]`, wide enough for each row's length,
-        an accepted path and a tree behind it.
+        slots int64 `[batch]`: rows of the state. The block tables are wide enough for each row's length, an accepted
+        path and a tree behind it.
         """
         rows = self.state.select(slots, self.nodes, variant)
-        return self._advance(slots, rows, self._verify(rows, block_table), block_table, variant)
+        return self._advance(slots, rows, self._verify(rows, block_tables), block_tables, variant)
 
-    def verify(self, slots: torch.Tensor, block_table: torch.Tensor) -> Verified:
+    def verify(self, slots: torch.Tensor, block_tables: BlockTables) -> Verified:
         """The first half: one target forward over every node."""
-        return self._verify(self.state.select(slots, self.nodes, SamplingVariant()), block_table)
+        return self._verify(self.state.select(slots, self.nodes, SamplingVariant()), block_tables)
 
     def trees(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The trees that will be verified: tokens and parents int64 `[batch, nodes]`, the root's included."""
@@ -115,7 +115,7 @@ class DecodeIteration:
     def advance(
         self,
         slots: torch.Tensor,
-        block_table: torch.Tensor,
+        block_tables: BlockTables,
         verified: Verified,
         variant: SamplingVariant,
         allowed: torch.Tensor,
@@ -125,14 +125,14 @@ class DecodeIteration:
         logits = verified.logits.masked_fill(~allowed, float("-inf"))
         verified = dataclasses.replace(verified, logits=logits)
         rows = self.state.select(slots, self.nodes, variant)
-        return self._advance(slots, rows, verified, block_table, variant)
+        return self._advance(slots, rows, verified, block_tables, variant)
 
     def _advance(
         self,
         slots: torch.Tensor,
         rows: BatchState,
         verified: Verified,
-        block_table: torch.Tensor,
+        block_tables: BlockTables,
         variant: SamplingVariant,
     ) -> Emission:
         accepted = self._accept(rows, verified, variant)
@@ -140,10 +140,10 @@ class DecodeIteration:
         length = torch.where(rows.active, rows.length + accepted.length, rows.length)
         root = accepted.token_ids.gather(1, accepted.length[:, None] - 1)[:, 0]
         self.observe("accept")
-        self._rewind(rows, accepted, block_table)
+        self._rewind(rows, accepted, block_tables)
         self.observe("rewind")
         if self._grower is not None:
-            self._draft(slots, rows, verified, accepted, length, block_table, variant)
+            self._draft(slots, rows, verified, accepted, length, block_tables, variant)
         else:
             # Draft rows that nobody writes: whoever drafts again begins behind them.
             self.state.draft_start.index_copy_(0, slots, torch.where(rows.active, length + 1, rows.draft_start))
@@ -158,7 +158,7 @@ class DecodeIteration:
         self.observe("draft")
         return emission
 
-    def _verify(self, rows: BatchState, block_table: torch.Tensor) -> Verified:
+    def _verify(self, rows: BatchState, block_tables: BlockTables) -> Verified:
         """One target forward over every node: positions by depth, slots by node number, attention by ancestry."""
         batch, nodes = rows.root.shape[0], len(self._node)
         tokens, parents = _with_root(rows)
@@ -167,7 +167,7 @@ class DecodeIteration:
         no_start = torch.zeros_like(rows.length)
         attention = PagedAttention.over(
             self.cache,
-            block_table,
+            block_tables,
             rows.length,
             no_start,
             ancestors,
@@ -219,7 +219,7 @@ class DecodeIteration:
             logprobs = token_logprobs(verified.logits.gather(1, index), token_ids)
         return Emission(token_ids, torch.where(rows.active, count, 0), finish, accepted.path, logprobs)
 
-    def _rewind(self, rows: BatchState, accepted: Accepted, block_table: torch.Tensor) -> None:
+    def _rewind(self, rows: BatchState, accepted: Accepted, block_tables: BlockTables) -> None:
         """Moves the accepted nodes' rows right behind the context. A path is scattered over the tree's slots, so
         a count alone could not say which rows stay. The root's row is in its place already."""
         if self.depth == 0:
@@ -227,8 +227,8 @@ class DecodeIteration:
         size = self.cache.block_size
         step = self._step[1:]
         keep = (step < accepted.length[:, None]) & rows.active[:, None]
-        source = slots_of(block_table, rows.length[:, None] + accepted.path[:, 1:], size)
-        target = slots_of(block_table, rows.length[:, None] + step, size)
+        source = slots_of(block_tables.ids, rows.length[:, None] + accepted.path[:, 1:], size)
+        target = slots_of(block_tables.ids, rows.length[:, None] + step, size)
         self.cache.move(source, null_unless(keep, target))
 
     def _draft(
@@ -238,7 +238,7 @@ class DecodeIteration:
         verified: Verified,
         accepted: Accepted,
         length: torch.Tensor,
-        block_table: torch.Tensor,
+        block_tables: BlockTables,
         variant: SamplingVariant,
     ) -> None:
         """Rewrites the draft rows of the accepted path from the target's states, then grows the next tree."""
@@ -248,8 +248,8 @@ class DecodeIteration:
         index = accepted.path[:, :, None].expand(-1, -1, verified.auxiliary.shape[2])
         hidden = self._drafter.model.fuse(verified.auxiliary.gather(1, index).flatten(0, 1))
         count = torch.where(rows.active, accepted.length, 0)
-        heads = self._drafter.extend(accepted.token_ids, hidden, rows.length + 1, count, rows.draft_start, block_table)
-        root = Root(heads, length, rows.draft_start, rows.active, block_table, rows.sampling, variant)
+        heads = self._drafter.extend(accepted.token_ids, hidden, rows.length + 1, count, rows.draft_start, block_tables)
+        root = Root(heads, length, rows.draft_start, rows.active, block_tables, rows.sampling, variant)
         tree = self._grower.grow(self._drafter, root)
         parents = torch.where(self._node[:-1] < rows.budget[:, None], tree.parents, ABSENT)
         self.state.tree_tokens[:, : self.nodes].index_copy_(0, slots, tree.tokens)

@@ -22,6 +22,7 @@ from branchline.core import (
 )
 from branchline.engine.attention import PagedAttention
 from branchline.engine.blocks import BlockPool, OutOfBlocksError
+from branchline.engine.cache import BlockTables
 from branchline.engine.draft import DraftHeads, Root, TreeDrafter
 from branchline.engine.growing import grower_for
 from branchline.engine.logit_edits import check_edits
@@ -254,14 +255,14 @@ class PrefillRunner:
         if end > first:
             self._extend(self._table(task, end), task.token_ids[None, first:end], fused[:-1], first)
 
-    def _extend(self, table: torch.Tensor, token_ids: torch.Tensor, fused: torch.Tensor, first: int) -> DraftHeads:
+    def _extend(self, table: BlockTables, token_ids: torch.Tensor, fused: torch.Tensor, first: int) -> DraftHeads:
         assert self._drafter is not None
         count = self._scalar(token_ids.shape[1])
         return self._drafter.extend(token_ids, fused, self._scalar(first), count, self._scalar(1), table)
 
-    def _table(self, task: PrefillTask, tokens: int) -> torch.Tensor:
+    def _table(self, task: PrefillTask, tokens: int) -> BlockTables:
         """The part of the block table that covers `tokens` rows: attention reads no further."""
-        return task.block_table[:, : -(-tokens // self._caches.block_size)]
+        return BlockTables(task.block_table[:, : -(-tokens // self._caches.block_size)])
 
     def _scalar(self, value: int) -> torch.Tensor:
         return torch.tensor([value], dtype=torch.int64, device=self._device)

@@ -4,34 +4,40 @@ All query heads of a KV head fold into one batched matrix product over the gathe
 of scores each; a prompt's chunk is cut into tiles of queries so that its scores stay in the processor's cache. Two
 products, one addition and one softmax: measured for the default model's shapes (`benchmarks/attention.py`), this beats
 PyTorch's scaled_dot_product_attention from one query to a chunk of 512 in bfloat16, and equals it in float32.
+
+A few sequences are gathered at a time, so that their rows are still in the processor's cache when they are multiplied,
+and no further than the longest of them needs: with batches sorted by length, a short one doesn't pay for a long one.
 """
 
 from __future__ import annotations
 
 import torch
 
-from branchline.engine.cache import PagedKvCache
+from branchline.engine.cache import BlockTables, PagedKvCache
 from branchline.engine.visibility import Visibility
 
 #: Queries that are computed at once.
 TILE = 64
+#: Sequences that are gathered at once.
+GROUP = 8
 
 
 class TorchAttention:
     """One forward pass's attention; implements `protocol.Attention`.
 
-    block_table int64 `[batch, width]`; slots int64 `[batch * queries]`, where each query's K and V go.
+    slots int64 `[batch * queries]`: where each query's K and V go.
     """
 
     def __init__(
-        self, cache: PagedKvCache, block_table: torch.Tensor, slots: torch.Tensor, visibility: Visibility
+        self, cache: PagedKvCache, block_tables: BlockTables, slots: torch.Tensor, visibility: Visibility
     ) -> None:
         assert slots.shape[0] == visibility.batch * visibility.queries, (slots.shape, visibility)
         self.cache = cache
         self.visibility = visibility
         self._places = cache.places(slots)
-        self._blocks = block_table.reshape(-1)
-        self._rows = block_table.shape[1] * cache.block_size
+        self._rows = block_tables.ids.shape[1] * cache.block_size
+        firsts = range(0, block_tables.batch, GROUP)
+        self._groups = [(first, block_tables.some(first, GROUP)) for first in firsts]
         self._biases: dict[int | None, torch.Tensor] = {}
 
     def attend(
@@ -40,15 +46,16 @@ class TorchAttention:
         """See protocol.Attention."""
         self.cache.write(layer, self._places, key, value)
         batch, queries = self.visibility.batch, self.visibility.queries
-        keys, values = self.cache.gather(layer, self._blocks, batch)
         bias = self._bias(window, query.dtype)
         by_query = query.view(batch, queries, key.shape[1], -1, query.shape[2])
-        if queries <= TILE:
-            mixed = _attend(by_query, keys, values, bias)
-        else:
-            tiles = zip(torch.split(by_query, TILE, 1), torch.split(bias, TILE, 2), strict=True)
-            mixed = torch.cat([_attend(tile, keys, values, seen) for tile, seen in tiles], 1)
-        return mixed.reshape(query.shape)
+        mixed = query.new_empty(by_query.shape)
+        for first, ids in self._groups:
+            keys, values = self.cache.gather(layer, ids.reshape(-1), len(ids))
+            for tile in range(0, queries, TILE):
+                part = (slice(first, first + GROUP), slice(tile, tile + TILE))
+                seen = bias[part[0], :, part[1], : keys.shape[1]]
+                mixed[part] = _attend(by_query[part], keys, values, seen)
+        return mixed.view(query.shape)
 
     def _bias(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """The mask of a window, `[batch, 1, queries, rows]`: the same for every layer that has it, so made once."""

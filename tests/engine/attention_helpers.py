@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from branchline.engine.attention import PagedAttention
-from branchline.engine.cache import PagedKvCache
+from branchline.engine.cache import BlockTables, PagedKvCache
 from branchline.engine.models.protocol import Attention, KvGeometry
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
@@ -30,6 +30,7 @@ class Shape:
     dtype: torch.dtype = torch.float32
     window: int | None = None
     late_start: bool = False
+    own_widths: bool = False
     seed: int = 0
 
     @property
@@ -68,7 +69,7 @@ class Problem:
         depths = torch.tensor([[len(path) - 1 for path in paths] for paths in lines])
         return PagedAttention.over(
             self.cache,
-            self.table.to(self.device),
+            BlockTables(self.table.to(self.device), self.widths),
             torch.tensor(self.shape.bases, device=self.device),
             torch.tensor(self.starts, device=self.device),
             ancestors.to(self.device),
@@ -76,6 +77,12 @@ class Problem:
             torch.tensor(keep or [True] * len(lines), device=self.device)[:, None].expand(-1, self.shape.queries),
             depths=depths.to(self.device),
         )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The blocks that each sequence needs, or none: all of them."""
+        ends = [base + self.shape.nodes for base in self.shape.bases] if self.shape.own_widths else []
+        return tuple(-(-end // self.shape.block_size) for end in ends)
 
     def slot(self, row: int, position: int) -> int:
         size = self.shape.block_size

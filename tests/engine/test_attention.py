@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from branchline.engine.attention import PagedAttention
-from branchline.engine.cache import PagedKvCache
+from branchline.engine.cache import BlockTables, PagedKvCache
 from branchline.engine.models.protocol import KvGeometry
+from branchline.engine.torch_attention import GROUP
 from branchline.engine.visibility import MASKED, Visibility
 
 CPU = torch.device("cpu")
@@ -18,7 +19,7 @@ CPU = torch.device("cpu")
 @given(
     st.builds(
         Shape,
-        bases=st.lists(st.integers(0, 20), min_size=1, max_size=3).map(tuple),
+        bases=st.lists(st.integers(0, 20), min_size=1, max_size=10).map(tuple),
         nodes=st.sampled_from([1, 2, 6, 17, 65, 70]),
         tree=st.sampled_from(["random", "chain", "star"]),
         kv_heads=st.integers(1, 3),
@@ -29,6 +30,7 @@ CPU = torch.device("cpu")
         dtype=st.sampled_from([torch.float32, torch.bfloat16]),
         window=st.sampled_from([None, 1, 3, 100]),
         late_start=st.booleans(),
+        own_widths=st.booleans(),
         seed=st.integers(0, 2**32 - 1),
     )
 )
@@ -44,6 +46,15 @@ def test_a_drafting_level_sees_its_ancestors_in_the_cache(window: int | None) ->
 @pytest.mark.parametrize("window", [None, 50])
 def test_a_chunk_of_a_prompt(window: int | None) -> None:
     check(Shape(bases=(33,), nodes=130, tree="chain", block_size=16, window=window), CPU)
+
+
+def test_a_batch_is_read_as_far_as_each_group_of_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(Shape(bases=(90, 70, 50, 40, 30, 20, 20, 20, 9, 2), nodes=3, own_widths=True), CPU)
+    read = []
+    gather = problem.cache.gather
+    monkeypatch.setattr(problem.cache, "gather", lambda *given: read.append(len(given[1])) or gather(*given))
+    problem.attention().attend(0, problem.query, problem.key, problem.value)
+    assert read == [GROUP * problem.widths[0], 2 * problem.widths[8]]
 
 
 def test_rows_beyond_the_block_table_do_not_exist() -> None:
@@ -75,7 +86,7 @@ def test_without_depths_the_new_rows_are_a_line() -> None:
     triangle = torch.ones(1, 5, 5, dtype=torch.bool).tril()
     attention = PagedAttention.over(
         problem.cache,
-        problem.table,
+        BlockTables(problem.table),
         torch.tensor([9]),
         torch.tensor([0]),
         triangle,
@@ -93,7 +104,7 @@ def test_a_query_that_sees_nothing_stays_finite() -> None:
     assert (bias == torch.tensor(MASKED)).all()
     cache = PagedKvCache(KvGeometry(1, 1, 8, torch.float32), 1, 4, CPU)
     attention = PagedAttention.over(
-        cache, torch.tensor([[0]]), zero, zero, nothing, zero[None], torch.tensor([[False]])
+        cache, BlockTables(torch.tensor([[0]])), zero, zero, nothing, zero[None], torch.tensor([[False]])
     )
     assert attention.attend(0, *torch.ones(3, 1, 1, 8)).isfinite().all()
 

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from branchline.core import Request, SamplingParams
+from branchline.engine.cache import BlockTables
 from branchline.engine.execute import Program, Tensors
 from branchline.engine.filters import Filter
 from branchline.engine.models.protocol import Models
@@ -87,10 +88,10 @@ def test_an_iteration_runs_on_tensors_without_data(tiny: Models, tree: str, vari
     pipeline = TinyPipeline(tiny, tree)
     pipeline.hand_off(Request("one", (1, 2, 3), 8))
     decode = pipeline.decode
-    slots, table = torch.tensor([0, decode.max_batch]), torch.ones(2, 12, dtype=torch.int64)
+    slots, tables = torch.tensor([0, decode.max_batch]), BlockTables(torch.ones(2, 12, dtype=torch.int64), (12, 8))
     iteration = decode.iteration(decode.tree.num_nodes)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        emission = iteration.run(slots, table, variant)
+        emission = iteration.run(slots, tables, variant)
         assert emission.token_ids.shape == (2, decode.tree.depth + 1)
         with pytest.raises(DataDependentOutputException):
             emission.count.sum().item()

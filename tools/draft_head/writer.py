@@ -17,7 +17,7 @@ import torch
 from branchline.config import EngineConfig
 from branchline.core import DraftTree, FinishReason, Request
 from branchline.engine.attention import PagedAttention
-from branchline.engine.cache import slots_of
+from branchline.engine.cache import BlockTables, slots_of
 from branchline.engine.decode import Allocation, DecodeRunner
 from branchline.engine.models.protocol import Models
 from branchline.engine.sampling import SamplingTensors, SamplingVariant, choose_token
@@ -158,7 +158,7 @@ class Writer:
         zeros = torch.zeros_like(counts)
         attention = PagedAttention.over(
             self._decode.caches.target,
-            self._tables(allocations, begin + longest),
+            BlockTables(self._tables(allocations, begin + longest)),
             zeros + begin,
             zeros,
             torch.ones((1, longest, longest), dtype=torch.bool, device=device).tril(),

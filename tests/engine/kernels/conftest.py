@@ -29,7 +29,7 @@ def cut(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int, int], None]:
 
     def choose(queries: int, rows: int, splits: int) -> None:
         tiling = Tiling(queries, rows, splits, warps=4)
-        make = lambda *tensors: TritonAttention(*tensors, tiling)  # noqa: E731
-        monkeypatch.setattr(attention, "implementation", lambda _: make)
+        make = lambda cache, tables, *rest: TritonAttention(cache, tables.ids, *rest, tiling)  # noqa: E731
+        monkeypatch.setattr(attention, "implementation", make)
 
     return choose

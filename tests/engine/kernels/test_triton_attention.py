@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from branchline.engine import attention
-from branchline.engine.cache import PagedKvCache
+from branchline.engine.cache import BlockTables, PagedKvCache
 from branchline.engine.models.protocol import KvGeometry
 from branchline.engine.triton_attention import MAX_SPLITS, Tiling
 from branchline.engine.visibility import Visibility
@@ -108,7 +108,7 @@ def test_padding_sees_nothing_and_stays_finite(device: torch.device, cut: Cut, s
     zero = torch.zeros(1, dtype=torch.int64, device=device)
     nothing = torch.zeros(1, 2, 2, dtype=torch.bool, device=device)
     passes = attention.PagedAttention.over(
-        cache, zero[None], zero, zero, nothing, torch.arange(2, device=device)[None], nothing[:, 0]
+        cache, BlockTables(zero[None]), zero, zero, nothing, torch.arange(2, device=device)[None], nothing[:, 0]
     )
     attended = passes.attend(0, *torch.ones(3, 2, 1, 16, device=device))
     assert torch.equal(attended, torch.zeros(2, 1, 16, device=device))
