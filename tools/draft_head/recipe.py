@@ -58,7 +58,7 @@ class DataRecipe:
     #: Conversations that are written at once.
     in_flight: int = 64
     #: Answers are sampled at these in turn, so one that is named twice counts twice; 0 is greedy.
-    temperatures: tuple[float, ...] = (0.0, 0.0, 0.7, 1.0)
+    temperatures: tuple[float, ...] = (0.0, 0.0, 0.7)
     shares: Shares = Shares()
     max_answer_tokens: int = 192
     max_prompt_tokens: int = 640
