@@ -45,7 +45,14 @@ class Tiny:
                     "device": "cpu",
                     "tree": "default",
                 },
-                "engine": {"kv_cache_mib": 8, "max_batch": 4, "prefill_chunk_tokens": 16, "threads": 1},
+                # Adaptive trees would make what is drafted depend on the clock.
+                "engine": {
+                    "kv_cache_mib": 8,
+                    "max_batch": 4,
+                    "prefill_chunk_tokens": 16,
+                    "threads": 1,
+                    "adaptive_tree": False,
+                },
                 "decode": {"lease_ttl_s": 2.0},
                 "prefill": {"lease_ttl_s": 2.0},
             }
