@@ -42,7 +42,8 @@ class Served:
 def served(
     request: pytest.FixtureRequest, tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
-    flags = {"model.tree": request.param, "decode.replicas": 2}
+    # Without adaptive trees, so that what is drafted doesn't depend on the clock.
+    flags = {"model.tree": request.param, "decode.replicas": 2, "engine.adaptive_tree": False}
     if request.param == "none":
         flags["model.draft"] = "none"
     with running_fleet(tiny.config(**flags), tmp_path_factory.mktemp("fleet")) as fleet:
