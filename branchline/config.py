@@ -75,7 +75,8 @@ class EngineConfig:
     adaptive_tree: bool = True
     #: Tokens that one prefill step computes.
     prefill_chunk_tokens: int = 512
-    #: Keep the KV of prompts for later ones that begin alike, in blocks that nothing else needs.
+    #: Keep the KV of prompts, and on decode workers of answers, for later prompts that begin alike, in blocks that
+    #: nothing else needs.
     prefix_caching: bool = True
     #: Compute threads of a worker; 0 chooses by role and cores, see `threads_for`.
     threads: int = 0

@@ -26,6 +26,8 @@ class Reservation:
     max_length: int
     rank: float
     priority: int = 0
+    #: Of the context's whole blocks, see engine.prefix_cache; None when it neither finds nor leaves any.
+    keys: tuple[bytes, ...] | None = None
 
 
 class AdmissionQueue:

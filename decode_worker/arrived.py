@@ -36,7 +36,7 @@ class Arrived:
 
     @property
     def has_draft_kv(self) -> bool:
-        return any(sample.row_bytes for sample in self.samples)
+        return self.draft_bytes > 0 or any(sample.row_bytes for sample in self.samples)
 
     def count(self, span: KvSpan, sample: int, size: int, context_length: int) -> None:
         """Adds a KV frame of `size` bytes; row `context_length` of the draft is the sample's own."""
@@ -48,21 +48,22 @@ class Arrived:
         self.samples[sample].row_bytes += own
         self.draft_bytes += size - own
 
-    def missing(self, context_length: int, target: KvGeometry, draft: KvGeometry | None) -> str | None:
+    def missing(self, context_length: int, held: int, target: KvGeometry, draft: KvGeometry | None) -> str | None:
         """What a commit would have to wait for, in words for the sender, or None when all is there.
 
-        Draft KV may be left out altogether, and a sample without a tree needs no row of its own.
+        The first `held` tokens' KV was here already. Draft KV may be left out altogether, and a sample without a tree
+        needs no row of its own.
         """
-        expected = context_length * target.bytes_per_token
+        expected = (context_length - held) * target.bytes_per_token
         if self.target_bytes != expected:
             return f"{self.target_bytes} of {expected} bytes of the target's KV"
         for number, sample in enumerate(self.samples):
             if sample.first_token is None:
                 return f"no draft frame, with the first token, of sample {number}"
-        if self.draft_bytes == 0 and not self.has_draft_kv:
+        if not self.has_draft_kv:
             return None
         assert draft is not None, "draft KV was taken, but there is no draft head"
-        expected = (context_length - 1) * draft.bytes_per_token
+        expected = (context_length - max(1, held)) * draft.bytes_per_token
         if self.draft_bytes != expected:
             return f"{self.draft_bytes} of {expected} bytes of the draft's KV in front of row {context_length}"
         for number, sample in enumerate(self.samples):

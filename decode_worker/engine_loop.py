@@ -12,10 +12,11 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from branchline.core import DraftTree, FinishReason, KvSpan, Request, TokenLogprobs
-from branchline.engine.allocations import Allocation
+from branchline.engine.allocation import Allocation
 from branchline.engine.blocks import OutOfBlocksError
-from branchline.engine.decode import DecodeRunner, StepResult
+from branchline.engine.decode import DecodeRunner
 from branchline.engine.models.protocol import Models
+from branchline.engine.step import StepResult
 from branchline.engine.tree import TreeTopology
 from decode_worker.admission import AdmissionQueue, Reservation, victims
 
@@ -42,9 +43,10 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """A reservation has its blocks and slots."""
+    """A reservation has its blocks and slots; those of the first `held_tokens` tokens with their KV."""
 
     reservation: Reservation
+    held_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +115,14 @@ class DecodeLoop:
         """Raises SequenceGoneError, or InvalidRequestError for a span outside the allocation."""
         self.runner.import_kv(self._allocation(lease_id), span, data)
 
-    def share(self, lease_ids: Collection[str]) -> None:
+    def share(self, lease_ids: Collection[str], has_draft_kv: bool) -> None:
         """The hand-off of a group is in the cache: its samples may start from now on, and end, on their own.
 
         The first of them is sample 0, which took the hand-off. Raises SequenceGoneError when that has been released.
         """
         self._allocation(next(iter(lease_ids)))
         group = [self._allocations[lease_id] for lease_id in lease_ids if lease_id in self._allocations]
-        self.runner.share_context(group)
+        self.runner.share_context(group, has_draft_kv)
 
     def start(self, lease_id: str, request: Request, first_token: int, tree: DraftTree, has_draft_kv: bool) -> None:
         """The sequence takes part from the next step on."""
@@ -178,14 +180,15 @@ class DecodeLoop:
                 self._preempted(chosen)
             self._queue.pop()
             group = self.runner.allocate(
-                head.context_length, head.max_length, len(head.lease_ids), head.rank, head.priority
+                head.context_length, head.max_length, len(head.lease_ids), head.rank, head.priority, head.keys
             )
             self._allocations.update(zip(head.lease_ids, group, strict=True))
             self._lease_ids.update(zip(group, head.lease_ids, strict=True))
-            self.listener(Granted(head))
+            self.listener(Granted(head, group[0].held))
 
     def _fits(self, reservation: Reservation, without: Collection[Allocation] = ()) -> bool:
-        return self.runner.can_allocate(reservation.context_length, len(reservation.lease_ids), without)
+        samples = len(reservation.lease_ids)
+        return self.runner.can_allocate(reservation.context_length, samples, without, reservation.keys)
 
     def _progress(self, result: StepResult) -> Progress:
         lease_id = self._lease_ids[result.allocation]

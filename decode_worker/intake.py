@@ -97,7 +97,9 @@ class Intake:
             )
         if self._lease.state is not LeaseState.RECEIVING:
             return
-        missing = arrived.missing(self._lease.context_length, runner.target_kv, runner.draft_kv)
+        missing = arrived.missing(
+            self._lease.context_length, self._lease.held_tokens, runner.target_kv, runner.draft_kv
+        )
         if missing is not None:
             raise RpcFailure(grpc.StatusCode.DATA_LOSS, f"the hand-off is not whole: {missing}")
         self._sessions.complete(self._group)
@@ -123,13 +125,13 @@ class Intake:
 
     def _promised(self, span: KvSpan, sample: int) -> KvGeometry:
         """The geometry of the span's cache. Raises InvalidRequestError when the span leaves the promised range."""
-        runner, context = self._sessions.engine.runner, self._lease.context_length
+        runner, context, held = self._sessions.engine.runner, self._lease.context_length, self._lease.held_tokens
         if span.part is KvPart.TARGET:
             if sample > 0:
                 raise InvalidRequestError(f"target KV of sample {sample}: it shares sample 0's")
-            geometry, tokens = runner.target_kv, (0, context)
+            geometry, tokens = runner.target_kv, (held, context)
         elif self._lease.accepts_draft and runner.draft_kv is not None:
-            geometry, tokens = runner.draft_kv, (1 if sample == 0 else context, context + 1)
+            geometry, tokens = runner.draft_kv, (max(1, held) if sample == 0 else context, context + 1)
         else:
             raise InvalidRequestError("draft KV for a lease that doesn't accept any")
         bounds = {"layers": (0, geometry.num_layers), "heads": (0, geometry.num_kv_heads), "tokens": tokens}

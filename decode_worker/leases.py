@@ -59,11 +59,14 @@ class Lease:
     max_length: int
     accepts_draft: bool
     expires_at: float
+    #: Tokens of the context whose KV is here already: it is not to be shipped.
+    held_tokens: int = 0
     state: LeaseState = LeaseState.RESERVED
     attached: bool = False
 
     def __post_init__(self) -> None:
         assert 1 <= self.context_length < self.max_length, self
+        assert 0 <= self.held_tokens < self.context_length, self
 
     def advance(self, state: LeaseState) -> None:
         """Goes to `state`, which must be a legal successor."""

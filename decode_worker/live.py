@@ -26,9 +26,9 @@ class LiveSessions:
         self._clock = clock
         self._sessions: dict[str, Session] = {}
 
-    def open(self, ask: Ask, reservation: Reservation) -> list[Lease]:
+    def open(self, ask: Ask, reservation: Reservation, held_tokens: int) -> list[Lease]:
         """A session for each sample; their blocks are taken."""
-        group = SampleGroup(Arrived([SampleArrival() for _ in reservation.lease_ids]))
+        group = SampleGroup(Arrived([SampleArrival() for _ in reservation.lease_ids]), ask.context)
         expires_at = self._clock() + self.table.ttl_s
         for sample, lease_id in enumerate(reservation.lease_ids):
             lease = Lease(
@@ -39,6 +39,7 @@ class LiveSessions:
                 ask.max_length,
                 ask.accepts_draft,
                 expires_at,
+                held_tokens,
             )
             self.table.add(lease)
             self._sessions[lease_id] = session = Session(lease, group, sample)

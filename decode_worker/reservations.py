@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grpc
 
@@ -42,6 +42,8 @@ class Ask:
     samples: int = 1
     priority: int = 0
     queued_s: float = 0.0
+    #: The context's token ids; empty when it is neither to find KV that is here nor to leave any.
+    context: tuple[int, ...] = field(default=(), repr=False)
 
     def check(self, max_batch: int) -> None:
         """Raises InvalidRequestError."""
@@ -50,6 +52,8 @@ class Ask:
                 "a reservation needs a request_id, an attempt from 1 and 1 <= context_length < max_length, got "
                 f"{self.request_id!r}, {self.attempt}, {self.context_length}, {self.max_length}"
             )
+        if len(self.context) not in (0, self.context_length):
+            raise InvalidRequestError(f"{len(self.context)} token ids of a context of {self.context_length}")
         if not 1 <= self.samples <= min(MAX_SAMPLES, max_batch):
             raise InvalidRequestError(
                 f"samples must be between 1 and {min(MAX_SAMPLES, max_batch)}, got {self.samples}: this worker decodes "
@@ -79,7 +83,7 @@ class Reservations:
         self,
         thread: EngineThread,
         engine: DecodeLoop,
-        opened: Callable[[Ask, Reservation], list[Lease]],
+        opened: Callable[[Ask, Reservation, int], list[Lease]],
         aborted: Callable[[str, str], None],
     ) -> None:
         self._thread = thread
@@ -103,7 +107,9 @@ class Reservations:
             raise RpcFailure(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_WAITING} reservations are waiting already")
         wait_s = min(wait_s, MAX_WAIT_S)
         rank = rank_of(now, ask.queued_s, ask.priority)
-        reservation = Reservation(lease_ids, ask.context_length, ask.max_length, rank, ask.priority)
+        runner = self._engine.runner
+        keys = runner.keys(ask.context) if 0 < len(ask.context) < runner.max_model_len else None
+        reservation = Reservation(lease_ids, ask.context_length, ask.max_length, rank, ask.priority, keys)
         waiting = _Waiting(ask, reservation, asyncio.get_running_loop().create_future())
         self._waiting[lease_ids[0]] = waiting
         try:
@@ -123,11 +129,12 @@ class Reservations:
         finally:
             self._waiting.pop(lease_ids[0], None)
 
-    def granted(self, reservation: Reservation) -> None:
-        """The engine has taken the blocks. When nobody waits any more, their release is on its way."""
+    def granted(self, reservation: Reservation, held_tokens: int) -> None:
+        """The engine has taken the blocks, the first ones with their KV. When nobody waits any more, their release is on
+        its way."""
         waiting = self._waiting.pop(reservation.lease_ids[0], None)
         if waiting is not None and not waiting.leases.done():
-            waiting.leases.set_result(self._opened(waiting.ask, reservation))
+            waiting.leases.set_result(self._opened(waiting.ask, reservation, held_tokens))
 
     def outdated(self, request_id: str, attempt: int) -> bool:
         """Whether a later attempt at the same request waits."""

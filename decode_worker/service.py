@@ -50,6 +50,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             samples=message.samples or 1,
             priority=message.priority,
             queued_s=message.queued_ms / 1000,
+            context=tuple(message.context),
         )
         with self._serving():
             first, *siblings = await self._sessions.reserve(ask, wait_s=message.wait_ms / 1000)
@@ -58,6 +59,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             ttl_ms=round(self._sessions.table.ttl_s * 1000),
             accepts_draft=first.accepts_draft,
             sibling_lease_ids=[lease.lease_id for lease in siblings],
+            held_tokens=first.held_tokens,
         )
 
     async def Attach(  # noqa: N802
@@ -125,6 +127,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             cold_starts=sessions.totals.cold_starts,
             queued=len(sessions.waiting),
             preemptions=sessions.totals.preemptions,
+            reused_tokens=sessions.totals.reused_tokens,
         )
 
     @contextlib.contextmanager

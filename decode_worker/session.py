@@ -50,6 +50,8 @@ class SampleGroup:
     """The samples of one reservation: one hand-off serves them all."""
 
     arrived: Arrived
+    #: What the reservation said that they share; empty when it didn't.
+    context: tuple[int, ...] = field(default=(), repr=False)
     #: By sample, those that have ended included.
     members: list[Session] = field(default_factory=list)
     #: What the streams of the hand-off, which is sample 0's, share.
@@ -88,3 +90,5 @@ class Totals:
     emitted_tokens: int = 0
     cold_starts: int = 0
     preemptions: int = 0
+    #: Tokens whose KV was here already when their hand-off came.
+    reused_tokens: int = 0

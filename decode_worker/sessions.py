@@ -65,6 +65,8 @@ class Sessions:
         lease = session.lease
         if lease.attached:
             raise RpcFailure(grpc.StatusCode.ALREADY_EXISTS, f"lease {lease_id} is attached already")
+        if session.group.context not in ((), request.context):
+            raise InvalidRequestError(f"the context is not the one that lease {lease_id} was given for")
         if len(request.context) != lease.context_length or request.max_length > lease.max_length:
             raise InvalidRequestError(
                 f"the request has {len(request.context)} context tokens and may reach {request.max_length}, "
@@ -96,12 +98,15 @@ class Sessions:
         """The hand-off has arrived whole and is in the cache."""
         group.complete = True
         self.live.touch(*group.live)
-        shared = self.thread.submit(self.engine.share, [member.lease.lease_id for member in group.live])
+        self.totals.reused_tokens += group.members[0].lease.held_tokens
+        lease_ids = [member.lease.lease_id for member in group.live]
+        shared = self.thread.submit(self.engine.share, lease_ids, group.arrived.has_draft_kv)
         shared.add_done_callback(lambda future: self._check(group.live, "the hand-off could not be shared", future))
         for member in group.live:
             member.lease.advance(LeaseState.READY)
             tree = group.arrived.samples[member.sample].tree
-            member.log("ready", f"kv_bytes={group.arrived.kv_bytes} tree_nodes={len(tree)}")
+            facts = f"held_tokens={member.lease.held_tokens} kv_bytes={group.arrived.kv_bytes} tree_nodes={len(tree)}"
+            member.log("ready", facts)
         for member in group.live:
             self._start_if_complete(member)
 
@@ -114,8 +119,8 @@ class Sessions:
     def on_engine_event(self, event: EngineEvent) -> None:
         """The engine's listener, on the event loop."""
         match event:
-            case Granted(reservation):
-                self.waiting.granted(reservation)
+            case Granted(reservation, held_tokens):
+                self.waiting.granted(reservation, held_tokens)
             case Stepped(progress):
                 for one in progress:
                     self._on_progress(one)

@@ -91,6 +91,7 @@ class Attempt:
             samples=len(self._intakes),
             priority=entry.priority,
             queued_ms=entry.queued_ms,
+            held_tokens=self._placement.held_tokens,
         )
 
     async def _attached(self) -> None:

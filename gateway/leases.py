@@ -30,6 +30,8 @@ class Placement:
     pair: Pair
     lease_ids: tuple[str, ...]
     accepts_draft: bool
+    #: Tokens of the context whose KV the decode worker has.
+    held_tokens: int = 0
 
 
 class Leases:
@@ -68,7 +70,7 @@ class Leases:
 
     async def _reserve(self, pair: Pair, request: decode_pb2.ReserveRequest) -> Placement:
         lease = await pair.decode.call("Reserve", request, RESERVE_TIMEOUT_S + request.wait_ms / 1000)
-        placement = Placement(pair, (lease.lease_id, *lease.sibling_lease_ids), lease.accepts_draft)
+        placement = Placement(pair, (lease.lease_id, *lease.sibling_lease_ids), lease.accepts_draft, lease.held_tokens)
         if len(placement.lease_ids) != max(1, request.samples):
             await self._abort_all(placement, "not one lease for each sample")
             raise RpcFailure(

@@ -137,6 +137,7 @@ class Placer:
             priority=search.priority,
             queued_ms=min(int(queued_s * 1000), LONGEST_MS),
             wait_ms=int(wait_s * 1000),
+            context=search.request.context,
         )
         try:
             with self._pool.using(pair, search.samples):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 
 import grpc
 
@@ -23,6 +24,15 @@ from prefill_worker.engine_loop import Computed, Drafted, Event, Failed, FirstTo
 EXPORT_BYTES = 4 << 20
 
 
+@dataclass(frozen=True, slots=True)
+class Shipment:
+    """What of a request's KV goes to the decode worker: that of the first `held_tokens` tokens is there already."""
+
+    samples: int = 1
+    drafts: bool = True
+    held_tokens: int = 0
+
+
 class PrefillJob:
     """Created for one request; `release` must be called in the end, whatever happened, also to `begin`. `rank` is its
     place among those that wait, see `core.rank_of`."""
@@ -31,23 +41,23 @@ class PrefillJob:
         self,
         job_id: int,
         request: Request,
-        samples: int,
-        ship_draft: bool,
+        shipment: Shipment,
         rank: float,
         thread: EngineThread,
         engine: PrefillLoop,
     ) -> None:
         self._id = job_id
         self._request = request
-        self._samples = samples
-        self._draft_kv = engine.runner.draft_kv if ship_draft and request.draft_nodes != 0 else None
+        self._samples = shipment.samples
+        self._held = shipment.held_tokens
+        self._draft_kv = engine.runner.draft_kv if shipment.drafts and request.draft_nodes != 0 else None
         self._rank = rank
         self._thread = thread
         self._engine = engine
         self._events: asyncio.Queue[Computed | Drafted | Failed] = asyncio.Queue()
         #: Each sample's first token as soon as it is chosen, however far the hand-off is.
         self.first: list[asyncio.Future[FirstToken | Failed]] = [
-            asyncio.get_running_loop().create_future() for _ in range(samples)
+            asyncio.get_running_loop().create_future() for _ in range(shipment.samples)
         ]
 
     async def begin(self) -> None:
@@ -84,19 +94,21 @@ class PrefillJob:
                     raise AssertionError("a chunk behind the last one")
 
     async def _context(self) -> AsyncGenerator[tuple[KvSpan, bytes]]:
-        """What the samples share: the target's KV of the context, and the draft rows in front of its end."""
+        """What the samples share, and the decode worker hasn't: the target's KV of the context, and the draft rows in
+        front of its end."""
         length, computed = len(self._request.context), 0
         while computed < length:
             match await self._events.get():
                 case Computed(start, computed):
-                    async for piece in self._export(KvPart.TARGET, self._engine.runner.target_kv, start, computed):
+                    start, target_kv = max(start, self._held), self._engine.runner.target_kv
+                    async for piece in self._export(KvPart.TARGET, target_kv, start, computed):
                         yield piece
                 case Failed(reason):
                     raise failure(reason)
                 case Drafted():
                     raise AssertionError("a tree before the last chunk")
-        if self._draft_kv is not None and length > 1:
-            async for piece in self._export(KvPart.DRAFT, self._draft_kv, 1, length):
+        if self._draft_kv is not None:
+            async for piece in self._export(KvPart.DRAFT, self._draft_kv, max(1, self._held), length):
                 yield piece
 
     def _draft_frame(self, index: int, sample: int, tree: DraftTree) -> decode_pb2.DraftFrame:
@@ -108,6 +120,9 @@ class PrefillJob:
     async def _export(
         self, part: KvPart, geometry: KvGeometry, start: int, end: int
     ) -> AsyncGenerator[tuple[KvSpan, bytes]]:
+        """Nothing when the range is empty."""
+        if start >= end:
+            return
         whole = KvSpan(part, (0, geometry.num_layers), (0, geometry.num_kv_heads), (start, end))
         per_layer_token = geometry.bytes_per_token // geometry.num_layers
         spans = split_span(whole, per_layer_token)

@@ -19,7 +19,7 @@ from branchline.wire.convert import fingerprint_to_proto, finish_reason_to_proto
 from prefill_worker.channels import DecodeChannels
 from prefill_worker.engine_loop import Failed, FirstToken, PrefillLoop
 from prefill_worker.handoff import HandoffSender
-from prefill_worker.jobs import PrefillJob, failure
+from prefill_worker.jobs import PrefillJob, Shipment, failure
 from prefill_worker.outbox import HandoffTotals
 
 SERVICE = "branchline.v1.PrefillService"
@@ -57,7 +57,12 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
                 f"priority must be between {-MAX_PRIORITY} and {MAX_PRIORITY}, got {message.priority}"
             )
         rank = rank_of(time.monotonic(), message.queued_ms / 1000, message.priority)
-        job = PrefillJob(next(self._job_ids), request, samples, message.ship_draft, rank, self._thread, self._engine)
+        if message.held_tokens >= len(request.context):
+            raise InvalidRequestError(
+                f"held_tokens must be below the context's {len(request.context)}, got {message.held_tokens}"
+            )
+        ship = Shipment(samples, message.ship_draft, message.held_tokens)
+        job = PrefillJob(next(self._job_ids), request, ship, rank, self._thread, self._engine)
         self._requests += 1
         try:
             await job.begin()

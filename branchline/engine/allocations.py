@@ -2,60 +2,30 @@
 
 A sequence gets the blocks of its context first and more as it grows. When none are left, the live allocation of the
 largest rank is preempted; the smallest rank is never preempted for another, so somebody always gets on.
+
+What a sequence leaves behind is kept for those that begin alike, until its blocks are needed: whole blocks whose rows
+are complete, of the context once it is there, and of what was generated once the sequence is released.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
 
 import torch
 
-from branchline.core import Request
+from branchline.engine.allocation import Allocation
 from branchline.engine.blocks import OutOfBlocksError
 from branchline.engine.cache import slots_of
-from branchline.engine.grammar import Grammar
+from branchline.engine.prefix_cache import PrefixCache
 from branchline.engine.sequence import KvCaches
-
-
-@dataclass(eq=False)
-class Allocation:
-    """A sequence's blocks and batch slot, from Reserve to the end. `length` is what the host knows of it.
-
-    `rank` orders the allocations, the smallest being served first and preempted last; `group` are the samples of one
-    request, this one included, and their context is `shared` once each has all of it.
-    """
-
-    slot: int
-    blocks: list[int]
-    context_length: int
-    max_length: int
-    rank: float = 0.0
-    priority: int = 0
-    group: list[Allocation] = field(default_factory=list, repr=False)
-    shared: bool = False
-    request: Request | None = None
-    grammar: Grammar | None = field(default=None, repr=False)
-    running: bool = False
-    length: int = 0
-    budget: int = 0
-    drafted: int = 0
-    released: bool = False
-
-    def start(self, request: Request, budget: int, drafted: int, grammar: Grammar | None) -> None:
-        self.request, self.budget, self.drafted, self.running = request, budget, drafted, True
-        self.grammar = grammar
-        self.length = self.context_length
-
-    def leave(self) -> None:
-        self.running = False
 
 
 class Allocations:
     """All allocations of a decode worker. `lead`: tokens by which a sequence may be longer than the host knows."""
 
-    def __init__(self, caches: KvCaches, slots: int, lead: int, device: torch.device) -> None:
+    def __init__(self, caches: KvCaches, prefix: PrefixCache, slots: int, lead: int, device: torch.device) -> None:
         self._caches = caches
+        self._prefix = prefix
         self._pool = caches.pool
         self._lead = lead
         self._slots = slots
@@ -77,28 +47,54 @@ class Allocations:
         """Whether all of it would fit if nothing else were there."""
         return samples <= self._slots and self._blocks(context_length, samples) <= self._pool.total
 
-    def can_allocate(self, context_length: int, samples: int, without: Collection[Allocation] = ()) -> bool:
+    def can_allocate(
+        self,
+        context_length: int,
+        samples: int,
+        without: Collection[Allocation] = (),
+        keys: Sequence[bytes] | None = None,
+    ) -> bool:
         """Whether it fits now, or would `without` some of the live ones, leaving a block for each live sequence to
         grow, lest it is preempted at once."""
         staying = len(self.live) - len(without)
         free = self._pool.free + self._pool.freed_by(allocation.blocks for allocation in without)
-        return samples <= self._slots - staying and self._blocks(context_length, samples) + staying <= free
+        # Blocks that are found cost nothing where somebody who stays holds them anyway; else they are among the free.
+        found = self._prefix.find(keys or (), context_length)
+        needed = self._blocks(context_length, samples) - self._pool.held_without(
+            found, [allocation.blocks for allocation in without]
+        )
+        return samples <= self._slots - staying and needed + staying <= free
 
     def allocate(
-        self, context_length: int, max_length: int, samples: int, rank: float, priority: int
+        self,
+        context_length: int,
+        max_length: int,
+        samples: int,
+        rank: float,
+        priority: int,
+        keys: tuple[bytes, ...] | None = None,
     ) -> list[Allocation]:
-        """Raises OutOfBlocksError, and takes nothing, when slots or blocks are short."""
+        """Blocks from the front that are known by `keys` are taken over and held. Raises OutOfBlocksError, and takes
+        nothing, when slots or blocks are short."""
         if samples > len(self._free_slots):
             raise OutOfBlocksError(f"{samples} batch slots needed, {len(self._free_slots)} of {self._slots} free")
-        fresh = self._pool.allocate(self._blocks(context_length, samples))
-        full = fresh[: context_length // self._caches.block_size]
-        tail = (len(fresh) - len(full)) // samples
+        found = self._prefix.take(keys or (), context_length)
+        try:
+            blocks = found + self._pool.allocate(self._blocks(context_length, samples) - len(found))
+        except OutOfBlocksError:
+            self._pool.release(found)
+            raise
+        full = blocks[: context_length // self._caches.block_size]
+        tail = (len(blocks) - len(full)) // samples
+        held = len(found) * self._caches.block_size
         group: list[Allocation] = []
         for sample in range(samples):
-            own = fresh[len(full) + sample * tail :][:tail]
+            own = blocks[len(full) + sample * tail :][:tail]
             if sample > 0:
                 self._pool.share(full)
             allocation = Allocation(self._free_slots.pop(), [], context_length, max_length, rank, priority, group)
+            allocation.keys, allocation.held, allocation.complete = keys, held, held
+            allocation.known = len(found)
             self.block_tables[allocation.slot].zero_()
             self._append(allocation, full + own)
             group.append(allocation)
@@ -107,8 +103,9 @@ class Allocations:
         self.live += group
         return group
 
-    def share_context(self, group: list[Allocation]) -> None:
-        """Copies the rows behind the context's full blocks from the first of a group to the others."""
+    def share_context(self, group: list[Allocation], drafts: bool) -> None:
+        """Copies the rows behind the context's full blocks from the first of a group to the others, and makes the full
+        blocks known. `drafts`: all draft rows in front of the context's end are there, or nobody drafts here."""
         first = group[0]
         assert not first.released
         assert not first.running
@@ -121,7 +118,9 @@ class Allocations:
                 for cache in filter(None, (self._caches.target, self._caches.draft)):
                     cache.move(source, target)
         for allocation in group:
-            allocation.shared = True
+            allocation.arrived(drafts)
+            if not allocation.released:
+                self._remember(allocation)
 
     def grow(self, running: list[Allocation]) -> list[Allocation]:
         """Gives each running sequence the blocks that the next iteration may write to, the smallest rank first. Returns
@@ -141,6 +140,7 @@ class Allocations:
         if allocation.released:
             return
         allocation.released = True
+        self._remember(allocation)
         self.live.remove(allocation)
         self._pool.release(allocation.blocks)
         self._free_slots.append(allocation.slot)
@@ -153,6 +153,21 @@ class Allocations:
         for victim in victims:
             self.release(victim)
         return victims
+
+    def _remember(self, allocation: Allocation) -> None:
+        """Makes complete blocks known. Where others with the same content are known already, it goes on with those;
+        so no iteration may be running that reads its block table, unless it is released."""
+        first, whole = allocation.known, allocation.complete // self._caches.block_size
+        if allocation.keys is None or whole <= first:
+            return
+        if whole > len(allocation.keys):
+            allocation.keys = self._prefix.longer(allocation.keys, allocation.token_ids)
+        own = allocation.blocks[first:whole]
+        known = self._prefix.remember(own, allocation.keys[first:whole], None)
+        if known != own:
+            allocation.blocks[first:whole] = known
+            self.block_tables[allocation.slot, first:whole] = self.block_tables.new_tensor(known)
+        allocation.known = whole
 
     def _append(self, allocation: Allocation, blocks: list[int]) -> None:
         start = len(allocation.blocks)

@@ -120,6 +120,11 @@ class BlockPool:
         counts = Counter(block for blocks in sequences for block in blocks)
         return sum(self._holders[block] == count for block, count in counts.items())
 
+    def held_without(self, blocks: Iterable[int], sequences: Iterable[list[int]]) -> int:
+        """How many of `blocks` would still be held by somebody if these holders released theirs."""
+        counts = Counter(block for released in sequences for block in released)
+        return sum(self._holders.get(block, 0) > counts[block] for block in blocks)
+
     def check_integrity(self) -> None:
         """Every block is empty, cached and free, or held, none two of them, the null block none."""
         empty = set(self._empty)

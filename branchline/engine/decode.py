@@ -7,14 +7,13 @@ host's knowledge of a sequence's length lags by one iteration, and blocks are al
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
 
 import torch
 
 from branchline.config import EngineConfig
-from branchline.core import DraftTree, FinishReason, InvalidRequestError, KvSpan, Request, TokenLogprobs
-from branchline.engine.allocations import Allocation as Allocation
+from branchline.core import DraftTree, InvalidRequestError, KvSpan, Request
+from branchline.engine.allocation import Allocation as Allocation
 from branchline.engine.allocations import Allocations
 from branchline.engine.blocks import BlockPool
 from branchline.engine.cache import BlockTables
@@ -25,46 +24,17 @@ from branchline.engine.grammar import Grammar
 from branchline.engine.iteration import DecodeIteration
 from branchline.engine.load_budget import LoadBudget
 from branchline.engine.models.protocol import KvGeometry, Models
+from branchline.engine.prefix_cache import PrefixCache
 from branchline.engine.programs import Batch, execute
 from branchline.engine.sampling import SamplingVariant
 from branchline.engine.sequence import KvCaches, check_token_ids
 from branchline.engine.state import BatchState, Start
+from branchline.engine.step import Flight, Step, StepResult
 from branchline.engine.tree import TreeTopology
 
 #: Tokens by which the context that attention reads grows at a time on the CPU: few shapes, little waste. On CUDA the
 #: whole block table is passed, and the kernels stop at each sequence's length.
 CONTEXT_BUCKET = 128
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one iteration did for one request. `drafted` counts the draft nodes that it verified; `logprobs` are as many
-    as `token_ids` if the request asked for them, else none."""
-
-    allocation: Allocation
-    token_ids: tuple[int, ...]
-    finish: FinishReason | None
-    drafted: int
-    logprobs: tuple[TokenLogprobs, ...] = ()
-
-
-@dataclass(frozen=True)
-class Step:
-    """`preempted` are the allocations that were released for want of blocks; their requests may start again later."""
-
-    results: list[StepResult] = field(default_factory=list)
-    preempted: list[Allocation] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Flight:
-    """A launched iteration of a batch bucket and a budget: each row's allocation, with the draft nodes that it
-    verifies."""
-
-    bucket: int
-    nodes: int
-    rows: list[tuple[Allocation, int]]
-    landing: Landing
 
 
 class DecodeRunner:
@@ -97,12 +67,15 @@ class DecodeRunner:
         self._iterations: dict[int, DecodeIteration] = {}
         self._pipelined = device.type == "cuda" if pipelined is None else pipelined
         lead = (tree.depth + 1) * (1 if self._pipelined else 0)
-        self._allocations = Allocations(self.caches, engine.max_batch, lead, device)
+        self._prefix = PrefixCache(
+            models, self.pool, self.caches.block_size, drafts=False, enabled=engine.prefix_caching
+        )
+        self._allocations = Allocations(self.caches, self._prefix, engine.max_batch, lead, device)
         self._executor = executor or executor_for(device, idle_slot=engine.max_batch)
         self._buckets = sorted({size for size in engine.batch_buckets if size < engine.max_batch} | {engine.max_batch})
         self._load_budget = load_budget
         self._running: list[Allocation] = []
-        self._flight: _Flight | None = None
+        self._flight: Flight | None = None
         self._slots = torch.empty(0, dtype=torch.int64, device=device)
         self._slots_of: list[int] = []
 
@@ -142,30 +115,52 @@ class DecodeRunner:
         if not self._allocations.could_fit(context_length, samples):
             raise InvalidRequestError(f"{samples} samples of {context_length} tokens can't be decoded at once here")
 
-    def can_allocate(self, context_length: int, samples: int = 1, without: Collection[Allocation] = ()) -> bool:
+    def keys(self, context: Sequence[int]) -> tuple[bytes, ...] | None:
+        """For `can_allocate` and `allocate`: by them a context finds the blocks of others, and is found. None when
+        nothing is kept here. Reads what never changes: any thread may call it."""
+        return self._prefix.keys(context) if self._prefix.enabled else None
+
+    def can_allocate(
+        self,
+        context_length: int,
+        samples: int = 1,
+        without: Collection[Allocation] = (),
+        keys: tuple[bytes, ...] | None = None,
+    ) -> bool:
         """Whether slots and blocks are free, or would be `without` some of the live allocations, with a block left for
         each of the others to grow."""
-        return self._allocations.can_allocate(context_length, samples, without)
+        return self._allocations.can_allocate(context_length, samples, without, keys)
 
     def allocate(
-        self, context_length: int, max_length: int, samples: int = 1, rank: float = 0.0, priority: int = 0
+        self,
+        context_length: int,
+        max_length: int,
+        samples: int = 1,
+        rank: float = 0.0,
+        priority: int = 0,
+        keys: tuple[bytes, ...] | None = None,
     ) -> list[Allocation]:
         """Slots and the context's blocks for each sample; the first takes the hand-off, and the others share the blocks
-        that the context fills. More blocks are added while they run; when there are none, the allocation of the
-        largest `rank` is preempted. Raises OutOfBlocksError, and takes nothing, when slots or blocks are short now."""
-        return self._allocations.allocate(context_length, min(max_length, self.max_model_len), samples, rank, priority)
+        that the context fills. The first `held` tokens' KV is here already: nothing may be imported there. More blocks
+        are added while they run; when there are none, the allocation of the largest `rank` is preempted. Raises
+        OutOfBlocksError, and takes nothing, when slots or blocks are short now."""
+        end = min(max_length, self.max_model_len)
+        return self._allocations.allocate(context_length, end, samples, rank, priority, keys)
 
     def import_kv(self, allocation: Allocation, span: KvSpan, data: bytes) -> None:
         """Scatters a span's canonical bytes into the cache. Raises InvalidRequestError when it lies outside the
-        allocation or carries the wrong number of bytes."""
+        allocation, or where others read, or carries the wrong number of bytes."""
         assert not allocation.released
+        if span.tokens[0] < allocation.known * self.caches.block_size:
+            raise InvalidRequestError(f"KV span: tokens start at {span.tokens[0]}, where shared blocks are")
         self.caches.load(allocation.blocks, span, data)
 
     @torch.inference_mode()
-    def share_context(self, group: list[Allocation]) -> None:
+    def share_context(self, group: list[Allocation], has_draft_kv: bool) -> None:
         """Copies the context's last rows, those in a block that it doesn't fill, from the first sample to the others.
-        To be called once, when all of the context's KV is in the cache and before any of them starts."""
-        self._allocations.share_context(group)
+        To be called once, when all of the context's KV is in the cache, the draft head's too if `has_draft_kv`, and
+        before any of them starts."""
+        self._allocations.share_context(group, has_draft_kv or self.caches.draft is None)
 
     def start(
         self,
@@ -194,7 +189,8 @@ class DecodeRunner:
         tree = tree.cut(budget, self.tree.cut(budget).depth)
         draft_start = 1 if has_draft_kv else context + 1
         self.state.load(allocation.slot, Start(request, first_token, tree, budget, draft_start, remaining))
-        allocation.start(request, budget, len(tree), grammar)
+        drafts = has_draft_kv or self.caches.draft is None
+        allocation.start(request, first_token, budget, len(tree), drafts, grammar)
         self._running.append(allocation)
 
     def step(self) -> Step:
@@ -227,7 +223,7 @@ class DecodeRunner:
         self._allocations.release(allocation)
 
     @torch.inference_mode()
-    def _launch(self) -> _Flight:
+    def _launch(self) -> Flight:
         # By length, so that attention on the CPU reads no further for a short one than for its neighbours.
         batch = sorted(self._running, key=self._width, reverse=True)
         requests = [allocation.request for allocation in batch if allocation.request]
@@ -248,9 +244,9 @@ class DecodeRunner:
         for allocation in batch:
             rows.append((allocation, min(allocation.drafted, iteration.nodes)))
             allocation.drafted = min(allocation.budget, iteration.nodes)
-        return _Flight(len(slots), iteration.nodes, rows, Landing(emission))
+        return Flight(len(slots), iteration.nodes, rows, Landing(emission))
 
-    def _collect(self, flight: _Flight, began: float | None) -> list[StepResult]:
+    def _collect(self, flight: Flight, began: float | None) -> list[StepResult]:
         """The results of those who are still there: a pipelined iteration may bring tokens of a request that was
         released, or nothing for one that finished, meanwhile. `began`: when the step did that waits for this iteration
         and does little else, if it tells how long one takes."""
@@ -266,7 +262,7 @@ class DecodeRunner:
             if allocation.released or not allocation.running:
                 continue
             results.append(StepResult(allocation, row.token_ids, row.finish, drafted, row.logprobs))
-            allocation.length += len(row.token_ids)
+            allocation.advance(row.token_ids, flight.nodes > 0 or self.caches.draft is None)
             if allocation.grammar is not None:
                 allocation.grammar.advance(row.token_ids)
             if row.finish is not None:

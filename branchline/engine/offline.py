@@ -17,10 +17,11 @@ from branchline.core import (
     SpeculationStats,
     TokenLogprobs,
 )
-from branchline.engine.decode import Allocation, DecodeRunner, StepResult
+from branchline.engine.decode import Allocation, DecodeRunner
 from branchline.engine.grammar import Grammar
 from branchline.engine.models.protocol import Models
 from branchline.engine.prefill import PrefillRunner, PrefillTask
+from branchline.engine.step import StepResult
 from branchline.engine.tree import TreeTopology
 
 
@@ -53,6 +54,8 @@ class Pipeline:
     def __init__(self, models: Models, tree: TreeTopology, engine: EngineConfig, **decode: Any) -> None:
         self.prefill = PrefillRunner(models, engine, tree)
         self.decode = DecodeRunner(models, engine, tree, **decode)
+        #: Bytes of KV handed off so far.
+        self.shipped = 0
 
     def hand_off(
         self, request: Request, ship_draft: bool = True, rank: float = 0.0, grammar: Grammar | None = None
@@ -71,23 +74,27 @@ class Pipeline:
     ) -> list[HandedOff]:
         """As `hand_off`, for samples that share the prompt's blocks; a grammar serves one sample."""
         assert grammar is None or samples == 1
-        group = self.decode.allocate(len(request.context), request.max_length, samples, rank)
+        context = len(request.context)
+        keys = self.decode.keys(request.context)
+        group = self.decode.allocate(context, request.max_length, samples, rank, keys=keys)
+        held = group[0].held
         task = self.prefill.begin(request, samples)
         while not task.done:
-            self._ship(task, group[0], KvPart.TARGET, self.prefill.advance(task))
+            start, end = self.prefill.advance(task)
+            if end > held:
+                self._ship(task, group[0], KvPart.TARGET, (max(start, held), end))
         allowed = None if grammar is None else grammar.allowed(())
         firsts = [self.prefill.first_token(task, sample, allowed) for sample in range(samples)]
         if grammar is not None:
             grammar.advance((firsts[0].token_id,))
         has_draft_kv = ship_draft and self.prefill.draft_kv is not None
         trees = []
-        context = len(request.context)
         for sample, allocation in enumerate(group):
             trees.append(self.prefill.draft(task, sample) if has_draft_kv else DraftTree())
             if has_draft_kv:
-                self._ship(task, allocation, KvPart.DRAFT, (1 if sample == 0 else context, context + 1))
+                self._ship(task, allocation, KvPart.DRAFT, (max(1, held) if sample == 0 else context, context + 1))
         self.prefill.release(task)
-        self.decode.share_context(group)
+        self.decode.share_context(group, has_draft_kv)
         handed_off = []
         for index, (allocation, first, tree) in enumerate(zip(group, firsts, trees, strict=True)):
             sampling = dataclasses.replace(request.sampling, sample_index=request.sampling.sample_index + index)
@@ -106,7 +113,7 @@ class Pipeline:
         waiting = deque(requests)
         live: dict[Allocation, Request] = {}
         while waiting or live:
-            while waiting and len(live) < in_flight and self.decode.can_allocate(len(waiting[0].context)):
+            while waiting and len(live) < in_flight and self._fits(waiting[0]):
                 request = waiting.popleft()
                 sample = self.hand_off(request, ship_draft, ranks[request.request_id])
                 output = outputs[request.request_id]
@@ -132,6 +139,9 @@ class Pipeline:
         assert self.decode.pool.used == self.prefill.pool.used == self.decode.running == 0
         return outputs
 
+    def _fits(self, request: Request) -> bool:
+        return self.decode.can_allocate(len(request.context), keys=self.decode.keys(request.context))
+
     def _take(self, result: StepResult, output: Output) -> None:
         output.token_ids += result.token_ids
         output.logprobs += result.logprobs
@@ -142,4 +152,6 @@ class Pipeline:
         kv = self.prefill.target_kv if part is KvPart.TARGET else self.prefill.draft_kv
         assert kv is not None
         span = KvSpan(part, (0, kv.num_layers), (0, kv.num_kv_heads), tokens)
-        self.decode.import_kv(allocation, span, self.prefill.export(task, span))
+        data = self.prefill.export(task, span)
+        self.shipped += len(data)
+        self.decode.import_kv(allocation, span, data)

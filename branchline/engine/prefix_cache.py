@@ -26,10 +26,10 @@ def root_key(fingerprint: Fingerprint, dtype: torch.dtype, block_size: int) -> b
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
 
 
-def block_keys(root: bytes, token_ids: Sequence[int], block_size: int) -> Iterator[bytes]:
-    """The keys of the whole blocks of a context, 32 bytes each. Cryptographic: whoever could make two contexts with one
-    key could read from another client's."""
-    key = root
+def block_keys(before: bytes, token_ids: Sequence[int], block_size: int) -> Iterator[bytes]:
+    """The keys of the whole blocks of a context, 32 bytes each; `before` is the root, or the key of the block in front
+    of `token_ids`. Cryptographic: whoever could make two contexts with one key could read from another client's."""
+    key = before
     for start in range(0, len(token_ids) - block_size + 1, block_size):
         ids = array("q", token_ids[start : start + block_size])
         key = hashlib.sha256(key + ids.tobytes()).digest()
@@ -48,7 +48,7 @@ class PrefixCache:
         """Without `drafts` no fused states are kept."""
         self._pool = pool
         self._block_size = block_size
-        self._enabled = enabled
+        self.enabled = enabled
         self._root = root_key(models.fingerprint, models.dtype, block_size) if enabled else b""
         #: `[blocks + 1, hidden_size]`: the fused state of each cached block's last position. One row beside the
         #: block's KV rows in all layers: too little to count against `engine.kv_cache_mib`.
@@ -59,13 +59,24 @@ class PrefixCache:
 
     def keys(self, token_ids: Sequence[int]) -> tuple[bytes, ...]:
         """Of a context's whole blocks; none when disabled."""
-        return tuple(block_keys(self._root, token_ids, self._block_size)) if self._enabled else ()
+        return tuple(block_keys(self._root, token_ids, self._block_size)) if self.enabled else ()
+
+    def longer(self, keys: tuple[bytes, ...], token_ids: Sequence[int]) -> tuple[bytes, ...]:
+        """The keys of `token_ids`' whole blocks, of which the first ones' are `keys`."""
+        behind = token_ids[len(keys) * self._block_size :]
+        return *keys, *block_keys(keys[-1] if keys else self._root, behind, self._block_size)
+
+    def find(self, keys: Sequence[bytes], tokens: int) -> list[int]:
+        """What `take` would take from the front."""
+        return self._pool.find(keys[index] for index in range(self._end(keys, tokens)))
 
     def take(self, keys: Sequence[bytes], tokens: int, first: int = 0) -> list[int]:
         """The blocks of `keys[first:]` that are known, in a line, held once more. At least the last of the context's
         `tokens` is left to compute: nothing is chosen from a cached state."""
-        end = min(len(keys), (tokens - 1) // self._block_size)
-        return self._pool.take(keys[index] for index in range(first, end))
+        return self._pool.take(keys[index] for index in range(first, self._end(keys, tokens)))
+
+    def _end(self, keys: Sequence[bytes], tokens: int) -> int:
+        return min(len(keys), (tokens - 1) // self._block_size)
 
     def remember(self, blocks: Sequence[int], keys: Sequence[bytes], fused: torch.Tensor | None) -> list[int]:
         """Makes complete blocks, held by the caller, known by their keys; `fused` `[blocks, hidden_size]` are the

@@ -18,7 +18,7 @@ KV_PART_TARGET: KvPart
 KV_PART_DRAFT: KvPart
 
 class ReserveRequest(_message.Message):
-    __slots__ = ("request_id", "context_length", "max_length", "fingerprint", "attempt", "samples", "priority", "queued_ms", "wait_ms")
+    __slots__ = ("request_id", "context_length", "max_length", "fingerprint", "attempt", "samples", "priority", "queued_ms", "wait_ms", "context")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_LENGTH_FIELD_NUMBER: _ClassVar[int]
     MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +28,7 @@ class ReserveRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     QUEUED_MS_FIELD_NUMBER: _ClassVar[int]
     WAIT_MS_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     context_length: int
     max_length: int
@@ -37,19 +38,22 @@ class ReserveRequest(_message.Message):
     priority: int
     queued_ms: int
     wait_ms: int
-    def __init__(self, request_id: _Optional[str] = ..., context_length: _Optional[int] = ..., max_length: _Optional[int] = ..., fingerprint: _Optional[_Union[_types_pb2.Fingerprint, _Mapping]] = ..., attempt: _Optional[int] = ..., samples: _Optional[int] = ..., priority: _Optional[int] = ..., queued_ms: _Optional[int] = ..., wait_ms: _Optional[int] = ...) -> None: ...
+    context: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request_id: _Optional[str] = ..., context_length: _Optional[int] = ..., max_length: _Optional[int] = ..., fingerprint: _Optional[_Union[_types_pb2.Fingerprint, _Mapping]] = ..., attempt: _Optional[int] = ..., samples: _Optional[int] = ..., priority: _Optional[int] = ..., queued_ms: _Optional[int] = ..., wait_ms: _Optional[int] = ..., context: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ReserveResponse(_message.Message):
-    __slots__ = ("lease_id", "ttl_ms", "accepts_draft", "sibling_lease_ids")
+    __slots__ = ("lease_id", "ttl_ms", "accepts_draft", "sibling_lease_ids", "held_tokens")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     TTL_MS_FIELD_NUMBER: _ClassVar[int]
     ACCEPTS_DRAFT_FIELD_NUMBER: _ClassVar[int]
     SIBLING_LEASE_IDS_FIELD_NUMBER: _ClassVar[int]
+    HELD_TOKENS_FIELD_NUMBER: _ClassVar[int]
     lease_id: str
     ttl_ms: int
     accepts_draft: bool
     sibling_lease_ids: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, lease_id: _Optional[str] = ..., ttl_ms: _Optional[int] = ..., accepts_draft: _Optional[bool] = ..., sibling_lease_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+    held_tokens: int
+    def __init__(self, lease_id: _Optional[str] = ..., ttl_ms: _Optional[int] = ..., accepts_draft: _Optional[bool] = ..., sibling_lease_ids: _Optional[_Iterable[str]] = ..., held_tokens: _Optional[int] = ...) -> None: ...
 
 class AttachRequest(_message.Message):
     __slots__ = ("lease_id", "request")
@@ -206,7 +210,7 @@ class DecodeServiceGetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DecodeServiceGetStatusResponse(_message.Message):
-    __slots__ = ("incarnation", "fingerprint", "model", "max_model_len", "blocks_total", "blocks_used", "leases", "running", "max_batch", "tasks", "tree", "speculation", "emitted_tokens", "cold_starts", "queued", "preemptions")
+    __slots__ = ("incarnation", "fingerprint", "model", "max_model_len", "blocks_total", "blocks_used", "leases", "running", "max_batch", "tasks", "tree", "speculation", "emitted_tokens", "cold_starts", "queued", "preemptions", "reused_tokens")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -223,6 +227,7 @@ class DecodeServiceGetStatusResponse(_message.Message):
     COLD_STARTS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_FIELD_NUMBER: _ClassVar[int]
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    REUSED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     incarnation: str
     fingerprint: _types_pb2.Fingerprint
     model: str
@@ -239,4 +244,5 @@ class DecodeServiceGetStatusResponse(_message.Message):
     cold_starts: int
     queued: int
     preemptions: int
-    def __init__(self, incarnation: _Optional[str] = ..., fingerprint: _Optional[_Union[_types_pb2.Fingerprint, _Mapping]] = ..., model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_used: _Optional[int] = ..., leases: _Optional[int] = ..., running: _Optional[int] = ..., max_batch: _Optional[int] = ..., tasks: _Optional[int] = ..., tree: _Optional[str] = ..., speculation: _Optional[_Union[_types_pb2.Speculation, _Mapping]] = ..., emitted_tokens: _Optional[int] = ..., cold_starts: _Optional[int] = ..., queued: _Optional[int] = ..., preemptions: _Optional[int] = ...) -> None: ...
+    reused_tokens: int
+    def __init__(self, incarnation: _Optional[str] = ..., fingerprint: _Optional[_Union[_types_pb2.Fingerprint, _Mapping]] = ..., model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_used: _Optional[int] = ..., leases: _Optional[int] = ..., running: _Optional[int] = ..., max_batch: _Optional[int] = ..., tasks: _Optional[int] = ..., tree: _Optional[str] = ..., speculation: _Optional[_Union[_types_pb2.Speculation, _Mapping]] = ..., emitted_tokens: _Optional[int] = ..., cold_starts: _Optional[int] = ..., queued: _Optional[int] = ..., preemptions: _Optional[int] = ..., reused_tokens: _Optional[int] = ...) -> None: ...

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from branchline.v1 import types_pb2 as branchline_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x62ranchline/v1/prefill.proto\x12\rbranchline.v1\x1a\x19\x62ranchline/v1/types.proto\"\xad\x01\n\x0ePrefillRequest\x12\'\n\x07request\x18\x01 \x01(\x0b\x32\x16.branchline.v1.Request\x12\x16\n\x0e\x64\x65\x63ode_address\x18\x02 \x01(\t\x12\x10\n\x08lease_id\x18\x03 \x01(\t\x12\x12\n\nship_draft\x18\x04 \x01(\x08\x12\x0f\n\x07samples\x18\x05 \x01(\r\x12\x10\n\x08priority\x18\x06 \x01(\x11\x12\x11\n\tqueued_ms\x18\x07 \x01(\r\"|\n\x0fPrefillResponse\x12\x30\n\x0b\x66irst_token\x18\x01 \x01(\x0b\x32\x19.branchline.v1.FirstTokenH\x00\x12.\n\nhanded_off\x18\x02 \x01(\x0b\x32\x18.branchline.v1.HandedOffH\x00\x42\x07\n\x05\x65vent\"\xa9\x01\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x32\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x1b.branchline.v1.FinishReason\x12\x0e\n\x06sample\x18\x03 \x01(\r\x12.\n\x08logprobs\x18\x04 \x01(\x0b\x32\x1c.branchline.v1.TokenLogprobs\x12\x15\n\rcached_tokens\x18\x05 \x01(\r\"A\n\tHandedOff\x12\x10\n\x08kv_bytes\x18\x01 \x01(\x04\x12\x0e\n\x06\x66rames\x18\x02 \x01(\r\x12\x12\n\ntree_nodes\x18\x03 \x01(\r\" \n\x1ePrefillServiceGetStatusRequest\"\xf1\x01\n\x1fPrefillServiceGetStatusResponse\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12/\n\x0b\x66ingerprint\x18\x02 \x01(\x0b\x32\x1a.branchline.v1.Fingerprint\x12\r\n\x05model\x18\x03 \x01(\t\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x05 \x01(\r\x12\x13\n\x0b\x62locks_used\x18\x06 \x01(\r\x12\x0e\n\x06queued\x18\x07 \x01(\r\x12\r\n\x05tasks\x18\x08 \x01(\r\x12\x18\n\x10prefilled_tokens\x18\t \x01(\x04\x32\xc8\x01\n\x0ePrefillService\x12J\n\x07Prefill\x12\x1d.branchline.v1.PrefillRequest\x1a\x1e.branchline.v1.PrefillResponse0\x01\x12j\n\tGetStatus\x12-.branchline.v1.PrefillServiceGetStatusRequest\x1a..branchline.v1.PrefillServiceGetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x62ranchline/v1/prefill.proto\x12\rbranchline.v1\x1a\x19\x62ranchline/v1/types.proto\"\xc2\x01\n\x0ePrefillRequest\x12\'\n\x07request\x18\x01 \x01(\x0b\x32\x16.branchline.v1.Request\x12\x16\n\x0e\x64\x65\x63ode_address\x18\x02 \x01(\t\x12\x10\n\x08lease_id\x18\x03 \x01(\t\x12\x12\n\nship_draft\x18\x04 \x01(\x08\x12\x0f\n\x07samples\x18\x05 \x01(\r\x12\x10\n\x08priority\x18\x06 \x01(\x11\x12\x11\n\tqueued_ms\x18\x07 \x01(\r\x12\x13\n\x0bheld_tokens\x18\x08 \x01(\r\"|\n\x0fPrefillResponse\x12\x30\n\x0b\x66irst_token\x18\x01 \x01(\x0b\x32\x19.branchline.v1.FirstTokenH\x00\x12.\n\nhanded_off\x18\x02 \x01(\x0b\x32\x18.branchline.v1.HandedOffH\x00\x42\x07\n\x05\x65vent\"\xa9\x01\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x32\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x1b.branchline.v1.FinishReason\x12\x0e\n\x06sample\x18\x03 \x01(\r\x12.\n\x08logprobs\x18\x04 \x01(\x0b\x32\x1c.branchline.v1.TokenLogprobs\x12\x15\n\rcached_tokens\x18\x05 \x01(\r\"A\n\tHandedOff\x12\x10\n\x08kv_bytes\x18\x01 \x01(\x04\x12\x0e\n\x06\x66rames\x18\x02 \x01(\r\x12\x12\n\ntree_nodes\x18\x03 \x01(\r\" \n\x1ePrefillServiceGetStatusRequest\"\xf1\x01\n\x1fPrefillServiceGetStatusResponse\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12/\n\x0b\x66ingerprint\x18\x02 \x01(\x0b\x32\x1a.branchline.v1.Fingerprint\x12\r\n\x05model\x18\x03 \x01(\t\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x05 \x01(\r\x12\x13\n\x0b\x62locks_used\x18\x06 \x01(\r\x12\x0e\n\x06queued\x18\x07 \x01(\r\x12\r\n\x05tasks\x18\x08 \x01(\r\x12\x18\n\x10prefilled_tokens\x18\t \x01(\x04\x32\xc8\x01\n\x0ePrefillService\x12J\n\x07Prefill\x12\x1d.branchline.v1.PrefillRequest\x1a\x1e.branchline.v1.PrefillResponse0\x01\x12j\n\tGetStatus\x12-.branchline.v1.PrefillServiceGetStatusRequest\x1a..branchline.v1.PrefillServiceGetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,17 +33,17 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'branchline.v1.prefill_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PREFILLREQUEST']._serialized_start=74
-  _globals['_PREFILLREQUEST']._serialized_end=247
-  _globals['_PREFILLRESPONSE']._serialized_start=249
-  _globals['_PREFILLRESPONSE']._serialized_end=373
-  _globals['_FIRSTTOKEN']._serialized_start=376
-  _globals['_FIRSTTOKEN']._serialized_end=545
-  _globals['_HANDEDOFF']._serialized_start=547
-  _globals['_HANDEDOFF']._serialized_end=612
-  _globals['_PREFILLSERVICEGETSTATUSREQUEST']._serialized_start=614
-  _globals['_PREFILLSERVICEGETSTATUSREQUEST']._serialized_end=646
-  _globals['_PREFILLSERVICEGETSTATUSRESPONSE']._serialized_start=649
-  _globals['_PREFILLSERVICEGETSTATUSRESPONSE']._serialized_end=890
-  _globals['_PREFILLSERVICE']._serialized_start=893
-  _globals['_PREFILLSERVICE']._serialized_end=1093
+  _globals['_PREFILLREQUEST']._serialized_end=268
+  _globals['_PREFILLRESPONSE']._serialized_start=270
+  _globals['_PREFILLRESPONSE']._serialized_end=394
+  _globals['_FIRSTTOKEN']._serialized_start=397
+  _globals['_FIRSTTOKEN']._serialized_end=566
+  _globals['_HANDEDOFF']._serialized_start=568
+  _globals['_HANDEDOFF']._serialized_end=633
+  _globals['_PREFILLSERVICEGETSTATUSREQUEST']._serialized_start=635
+  _globals['_PREFILLSERVICEGETSTATUSREQUEST']._serialized_end=667
+  _globals['_PREFILLSERVICEGETSTATUSRESPONSE']._serialized_start=670
+  _globals['_PREFILLSERVICEGETSTATUSRESPONSE']._serialized_end=911
+  _globals['_PREFILLSERVICE']._serialized_start=914
+  _globals['_PREFILLSERVICE']._serialized_end=1114
 # @@protoc_insertion_point(module_scope)

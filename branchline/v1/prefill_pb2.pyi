@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request", "decode_address", "lease_id", "ship_draft", "samples", "priority", "queued_ms")
+    __slots__ = ("request", "decode_address", "lease_id", "ship_draft", "samples", "priority", "queued_ms", "held_tokens")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     DECODE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -15,6 +15,7 @@ class PrefillRequest(_message.Message):
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     QUEUED_MS_FIELD_NUMBER: _ClassVar[int]
+    HELD_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request: _types_pb2.Request
     decode_address: str
     lease_id: str
@@ -22,7 +23,8 @@ class PrefillRequest(_message.Message):
     samples: int
     priority: int
     queued_ms: int
-    def __init__(self, request: _Optional[_Union[_types_pb2.Request, _Mapping]] = ..., decode_address: _Optional[str] = ..., lease_id: _Optional[str] = ..., ship_draft: _Optional[bool] = ..., samples: _Optional[int] = ..., priority: _Optional[int] = ..., queued_ms: _Optional[int] = ...) -> None: ...
+    held_tokens: int
+    def __init__(self, request: _Optional[_Union[_types_pb2.Request, _Mapping]] = ..., decode_address: _Optional[str] = ..., lease_id: _Optional[str] = ..., ship_draft: _Optional[bool] = ..., samples: _Optional[int] = ..., priority: _Optional[int] = ..., queued_ms: _Optional[int] = ..., held_tokens: _Optional[int] = ...) -> None: ...
 
 class PrefillResponse(_message.Message):
     __slots__ = ("first_token", "handed_off")

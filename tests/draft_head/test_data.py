@@ -13,10 +13,11 @@ from tiny_chat import save_chat_model
 from branchline.config import Config, ConfigError
 from branchline.core import Request, SamplingParams
 from branchline.engine.assemble import assemble
-from branchline.engine.decode import Allocation, DecodeRunner, Step
+from branchline.engine.decode import Allocation, DecodeRunner
 from branchline.engine.models.locate import locate_model
 from branchline.engine.models.protocol import ModelError, Models
 from branchline.engine.offline import Pipeline
+from branchline.engine.step import Step
 from branchline.engine.tree_spec import parse_tree
 from tools.draft_head import data, recipe
 from tools.draft_head.chat_format import ChatFormat

@@ -67,12 +67,14 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServiceServicer):
     requests: list[types_pb2.Request] = field(default_factory=list)
     samples: list[int] = field(default_factory=list)  # asked for with each request
     places: list[tuple[int, int]] = field(default_factory=list)  # priority and queued_ms that came with it
+    held: list[int] = field(default_factory=list)  # and what the decode worker has
     running: int = 0
 
     async def Prefill(self, request, context):
         self.requests.append(request.request)
         self.samples.append(request.samples)
         self.places.append((request.priority, request.queued_ms))
+        self.held.append(request.held_tokens)
         self.running += 1
         try:
             if self.failures and (failure := self.failures.pop(0)):
@@ -171,6 +173,7 @@ class ScriptedDecode(decode_pb2_grpc.DecodeServiceServicer):
     reserve_s: float = 0.0
     capacity: int = 100
     max_batch: int = 16
+    held: int = 0  # tokens of a context that it says it has
     preempt_hand_offs: int = 0
     preempt_streams: int = 0  # as soon as they are opened
     finish_samples: tuple[int, ...] = ()  # those that end with their first token
@@ -203,7 +206,9 @@ class ScriptedDecode(decode_pb2_grpc.DecodeServiceServicer):
         self.most_leases = max(self.most_leases, len(self.leases))
         await asyncio.sleep(self.reserve_s)
         ids = [lease.lease_id for lease in leases]
-        return decode_pb2.ReserveResponse(lease_id=ids[0], sibling_lease_ids=ids[1:], ttl_ms=10_000, accepts_draft=True)
+        return decode_pb2.ReserveResponse(
+            lease_id=ids[0], sibling_lease_ids=ids[1:], ttl_ms=10_000, accepts_draft=True, held_tokens=self.held
+        )
 
     async def _room(self, request: decode_pb2.ReserveRequest, samples: int) -> bool:
         """Waits its turn for it, by priority and age, as long as the request lets it."""

@@ -36,6 +36,18 @@ async def test_no_more_than_the_prompt_is_cached(tokens: Tokens) -> None:
         assert (await h.complete(8)).finished.usage.cached_tokens == len(PROMPT)
 
 
+async def test_what_the_decode_worker_has_reaches_the_prefill_worker(tokens: Tokens) -> None:
+    """It is asked with the whole context: after a failure that is what was emitted, too."""
+    decode = ScriptedDecode(held=3, failing=1, failure=RpcFailure(grpc.StatusCode.UNAVAILABLE, "scripted"))
+    async with house(tokens, [ScriptedPrefill()], [decode]) as h:
+        await h.complete(8)
+        await h.complete_all(3)
+        requests = h.prefills[0].requests
+        assert len(requests[1].emitted) > 0
+        assert [one.context for one in decode.reservations] == [[*one.prompt, *one.emitted] for one in requests]
+        assert h.prefills[0].held == [3, 3, 3]
+
+
 async def test_priority_and_age_reach_the_prefill_worker(tokens: Tokens) -> None:
     prefill = ScriptedPrefill(slow_s=0.2, failures=[None, RpcFailure(grpc.StatusCode.ABORTED, "scripted")])
     async with house(tokens, [prefill], [ScriptedDecode()]) as h:

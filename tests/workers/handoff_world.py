@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import random
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
 
+import torch
 from fake_transport import FakeTransport
-from handoff_messages import draft, kv, span, zeros
-from model_helpers import LAYERS
+from handoff_messages import draft, kv, span
+from model_helpers import HEAD_DIM, KV_HEADS, LAYERS, VOCAB
 
 from branchline.config import Config
 from branchline.core import KvPart, KvSpan
@@ -28,6 +28,8 @@ from decode_worker.sessions import Sessions
 from prefill_worker.handoff import HandoffSender, HandoffTotals
 
 TTL_S = 0.5
+#: Tokens of a text, and one more.
+LONGEST = 64
 
 
 @dataclass
@@ -38,6 +40,9 @@ class World:
     numbers: itertools.count = field(default_factory=itertools.count)
 
     async def lease(self, context: int, **changes) -> Lease:
+        """`text`: which text of `random_frames` the context is the beginning of, to find it again and to be found."""
+        if (text := changes.pop("text", None)) is not None:
+            changes["context"] = tuple((text + 7 * index) % VOCAB for index in range(context))
         ask = Ask(f"request {next(self.numbers)}", 1, context, context + 8, accepts_draft=True, **changes)
         [lease, *_] = await self.sessions.reserve(ask, wait_s=20.0)
         return lease
@@ -80,16 +85,24 @@ async def receiving(config: Config, ttl_s: float = TTL_S) -> AsyncIterator[World
             sessions.close("the test is over")
 
 
-def random_frames(context: int, pieces: int, seed: int) -> list[decode_pb2.HandoffRequest]:
-    """A whole hand-off with random KV, the target's in `pieces` frames by tokens."""
-    generator = random.Random(seed)
+def random_frames(context: int, pieces: int, text: int, held: int = 0) -> list[decode_pb2.HandoffRequest]:
+    """A whole hand-off with random KV, the same for all contexts of a text; the target's in `pieces` frames by tokens.
+    The first `held` tokens' is left out."""
+    generator = torch.Generator().manual_seed(text)
+    rows = torch.randint(256, (LAYERS + 1, 2, LONGEST, KV_HEADS, 4 * HEAD_DIM), generator=generator).to(torch.uint8)
+
+    def data(of: KvSpan) -> bytes:
+        part = rows[:LAYERS] if of.part is KvPart.TARGET else rows[LAYERS:]
+        return part[of.layers[0] : of.layers[1], :, of.tokens[0] : of.tokens[1]].numpy().tobytes()
+
     messages = []
-    for start in range(0, context, -(-context // pieces)):
-        of = span(tokens=(start, min(context, start + -(-context // pieces))), layers=(0, LAYERS))
-        messages.append(kv(len(messages), of, _bytes(generator, of)))
+    size = -(-(context - held) // pieces)
+    for start in range(held, context, size):
+        of = span(tokens=(start, min(context, start + size)), layers=(0, LAYERS))
+        messages.append(kv(len(messages), of, data(of)))
     messages.append(draft(len(messages)))
-    row = span(KvPart.DRAFT, layers=(0, 1), tokens=(1, context + 1))
-    messages.append(kv(len(messages), row, _bytes(generator, row)))
+    row = span(KvPart.DRAFT, layers=(0, 1), tokens=(max(1, held), context + 1))
+    messages.append(kv(len(messages), row, data(row)))
     return messages
 
 
@@ -108,7 +121,3 @@ def sender(
 async def ship(transport: FakeTransport, lease: Lease, messages: list[decode_pb2.HandoffRequest]) -> HandoffTotals:
     """Raises RpcFailure."""
     return await sender(transport, lease, messages).run()
-
-
-def _bytes(generator: random.Random, of: KvSpan) -> bytes:
-    return generator.randbytes(len(zeros(of)))

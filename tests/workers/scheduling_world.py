@@ -81,6 +81,10 @@ class Group:
     granted: bool = False
     shared: bool = False
     imported: bool = False
+    #: Its draft KV came as well.
+    drafts: bool = False
+    #: Tokens whose KV was there.
+    held: int = 0
 
     @property
     def live(self) -> list[Sequence]:
@@ -99,6 +103,7 @@ class World:
     granted: list[Group] = field(default_factory=list)
     preempted: list[tuple[Reservation, Sequence]] = field(default_factory=list)
     preemptions: int = 0
+    reused: int = 0
     stepping: bool = False
     leases: int = 0
     most_blocks: int = 0
@@ -128,17 +133,17 @@ class World:
         return tuple(f"lease {self.leases - count + number}" for number in range(count))
 
     def import_kv(self, group: Group, with_draft: bool) -> None:
-        """All KV of a hand-off, random bytes."""
+        """All KV of a hand-off that isn't there, random bytes."""
         runner, length = self.loop.runner, group.reservation.context_length
-        self._import(group.sequences[0], runner.target_kv, KvPart.TARGET, (0, length))
+        self._import(group.sequences[0], runner.target_kv, KvPart.TARGET, (group.held, length))
         if with_draft and runner.draft_kv is not None:
-            self._import(group.sequences[0], runner.draft_kv, KvPart.DRAFT, (1, length + 1))
+            self._import(group.sequences[0], runner.draft_kv, KvPart.DRAFT, (max(1, group.held), length + 1))
             for sequence in group.live[1:]:
                 self._import(sequence, runner.draft_kv, KvPart.DRAFT, (length, length + 1))
-        group.imported = True
+        group.imported, group.drafts = True, with_draft
 
     def share(self, group: Group) -> None:
-        self.loop.share([sequence.lease_id for sequence in group.live])
+        self.loop.share([sequence.lease_id for sequence in group.live], group.drafts)
         group.shared = True
 
     def start(self, group: Group, sequence: Sequence, with_draft: bool) -> None:
@@ -182,7 +187,8 @@ class World:
             old, sequence = self.preempted.pop(0)
             length = sequence.context_length
             ids = self.new_lease_ids(1)
-            reservation = Reservation(ids, length, length + sequence.max_tokens, old.rank, old.priority)
+            keys = None if old.keys is None else self.loop.runner.keys(sequence.request().context)
+            reservation = Reservation(ids, length, length + sequence.max_tokens, old.rank, old.priority, keys)
             self.reserve(reservation, [sequence])
 
     def check(self) -> None:
@@ -192,16 +198,16 @@ class World:
         live = [sequence for group in self.granted for sequence in group.live]
         assert len(runner.live) == len(live) <= SLOTS
         assert runner.running == sum(sequence.started for sequence in live)
-        held = 0
+        held: set[int] = set()
         for group in {id(one.group): one.group for one in runner.live}.values():
             members = [one for one in group if not one.released]
             full = members[0].context_length // BLOCK
-            held += full + sum(len(one.blocks) - full for one in members)
             for one in members:
+                held.update(one.blocks)
                 assert len(one.blocks) >= runner.caches.blocks_for(one.context_length)
                 assert len(one.blocks) <= self.most_blocks
                 assert one.blocks[:full] == members[0].blocks[:full]
-        assert runner.pool.used == held
+        assert runner.pool.used == len(held)
         if self.waiting:
             self._check_head(self.waiting[0].reservation)
 
@@ -209,8 +215,8 @@ class World:
         """Whoever waits first has no room, and would have none without all that it may push aside."""
         runner, samples = self.loop.runner, len(head.lease_ids)
         lesser = [one for one in runner.live if one.priority < head.priority and one.rank > head.rank]
-        assert not runner.can_allocate(head.context_length, samples)
-        assert not runner.can_allocate(head.context_length, samples, lesser)
+        assert not runner.can_allocate(head.context_length, samples, keys=head.keys)
+        assert not runner.can_allocate(head.context_length, samples, lesser, head.keys)
 
     def _import(self, sequence: Sequence, geometry: KvGeometry, part: KvPart, tokens: tuple[int, int]) -> None:
         span = KvSpan(part, (0, geometry.num_layers), (0, geometry.num_kv_heads), tokens)
@@ -222,10 +228,11 @@ class World:
 
     def _on_event(self, event: EngineEvent) -> None:
         match event:
-            case Granted(reservation):
+            case Granted(reservation, held):
                 group = self.waiting.pop(0)
                 assert group.reservation is reservation, "it has overtaken another"
-                group.granted = True
+                group.granted, group.held = True, held
+                self.reused += held
                 self.granted.append(group)
             case Preemption(lease_ids):
                 self._on_preemption(lease_ids)
@@ -245,7 +252,8 @@ class World:
             head = self.waiting[0].reservation
             assert all(group.reservation.priority < head.priority for group, _ in lost)
             assert all(rank > head.rank for rank in ranks)
-            assert self.loop.runner.can_allocate(head.context_length, len(head.lease_ids)), "preempted for nothing"
+            fits = self.loop.runner.can_allocate(head.context_length, len(head.lease_ids), keys=head.keys)
+            assert fits, "preempted for nothing"
         for group, _ in lost:
             assert group.shared or all(one in [sequence for _, sequence in lost] for one in group.live)
         for group, sequence in lost:

@@ -29,6 +29,7 @@ class Ask:
     samples: int
     priority: int
     queued_s: float
+    keeps: bool
 
 
 ASKS = st.builds(
@@ -38,6 +39,7 @@ ASKS = st.builds(
     samples=st.sampled_from([1, 1, 1, 2, 3, SLOTS]),
     priority=st.sampled_from([-2, 0, 0, 0, 1, 5]),
     queued_s=st.sampled_from([0.0, 0.0, 3.5, 60.0]),
+    keeps=st.booleans(),
 )
 
 
@@ -49,9 +51,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 class SchedulingMachine(RuleBasedStateMachine):
     """Everybody who can do something to the engine does so at any time."""
 
-    def __init__(self, models: Models, pipelined: bool) -> None:
+    def __init__(self, models: Models, pipelined: bool, reused: list[int]) -> None:
         super().__init__()
         self.world = World(new_loop(models, pipelined))
+        self.reused = reused
 
     @rule(asks=st.lists(ASKS, min_size=1, max_size=4), wait=st.sampled_from([True, True, False]))
     def reserve(self, asks: list[Ask], wait: bool) -> None:
@@ -110,6 +113,7 @@ class SchedulingMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Nobody starves: what nobody has aborted ends, with all its tokens; then nothing is left."""
         drain(self.world)
+        self.reused.append(self.world.reused)
         super().teardown()
 
     def _reserve(self, ask: Ask, wait: bool) -> None:
@@ -117,8 +121,9 @@ class SchedulingMachine(RuleBasedStateMachine):
         world.now += 1.0
         rank = rank_of(world.now, ask.queued_s, ask.priority)
         lease_ids = world.new_lease_ids(ask.samples)
-        reservation = Reservation(lease_ids, ask.length, ask.length + ask.max_tokens, rank, ask.priority)
         sequences = [Sequence(ask.length, ask.max_tokens, sample) for sample in range(ask.samples)]
+        keys = world.loop.runner.keys(sequences[0].request().context) if ask.keeps else None
+        reservation = Reservation(lease_ids, ask.length, ask.length + ask.max_tokens, rank, ask.priority, keys)
         before = world.loop.runner.pool.used
         try:
             world.reserve(reservation, sequences, wait)
@@ -154,12 +159,14 @@ def drain(world: World) -> None:
 
 @pytest.mark.parametrize("pipelined", [False, True])
 def test_whatever_happens_the_books_agree_and_nobody_starves(models: Models, pipelined: bool) -> None:
+    reused: list[int] = []
     run_state_machine_as_test(
-        lambda: SchedulingMachine(models, pipelined),
+        lambda: SchedulingMachine(models, pipelined, reused),
         settings=settings(
             max_examples=30, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
         ),
     )
+    assert sum(reused) > 0, "nothing was ever reused"
 
 
 @pytest.mark.parametrize("pipelined", [False, True])

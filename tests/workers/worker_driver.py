@@ -118,6 +118,7 @@ class Driver:
             max_length=request.max_length,
             fingerprint=prefill.fingerprint,
             attempt=1,
+            context=request.context,
         )
         message.MergeFrom(decode_pb2.ReserveRequest(**changes))
         return await self.decode.Reserve(message, timeout=TIMEOUT_S)
@@ -139,6 +140,7 @@ class Driver:
                 lease_id=lease.lease_id,
                 ship_draft=lease.accepts_draft,
                 samples=1 + len(lease.sibling_lease_ids),
+                held_tokens=lease.held_tokens,
             ),
             timeout=TIMEOUT_S,
         )
