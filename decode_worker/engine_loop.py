@@ -123,6 +123,7 @@ class DecodeLoop:
         self._allocation(next(iter(lease_ids)))
         group = [self._allocations[lease_id] for lease_id in lease_ids if lease_id in self._allocations]
         self.runner.share_context(group, has_draft_kv)
+        self._admit()  # others with the same context need less room from now on
 
     def start(self, lease_id: str, request: Request, first_token: int, tree: DraftTree, has_draft_kv: bool) -> None:
         """The sequence takes part from the next step on."""

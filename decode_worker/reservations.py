@@ -130,8 +130,8 @@ class Reservations:
             self._waiting.pop(lease_ids[0], None)
 
     def granted(self, reservation: Reservation, held_tokens: int) -> None:
-        """The engine has taken the blocks, the first ones with their KV. When nobody waits any more, their release is on
-        its way."""
+        """The engine has taken the blocks, the first `held_tokens` tokens' with their KV. When nobody waits any more,
+        their release is on its way."""
         waiting = self._waiting.pop(reservation.lease_ids[0], None)
         if waiting is not None and not waiting.leases.done():
             waiting.leases.set_result(self._opened(waiting.ask, reservation, held_tokens))

@@ -107,6 +107,7 @@ class World:
     stepping: bool = False
     leases: int = 0
     most_blocks: int = 0
+    ending: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.loop.listener = self._on_event
@@ -143,8 +144,8 @@ class World:
         group.imported, group.drafts = True, with_draft
 
     def share(self, group: Group) -> None:
+        group.shared = True  # before: whoever waits may be granted by it, and preempt
         self.loop.share([sequence.lease_id for sequence in group.live], group.drafts)
-        group.shared = True
 
     def start(self, group: Group, sequence: Sequence, with_draft: bool) -> None:
         """As `decode_worker.sessions` does: the first token is emitted, and may be the last."""
@@ -170,8 +171,11 @@ class World:
         for one in ending:
             one.over = True
         self._forget_ended()
+        # One release may let somebody in who preempts the next: nobody listens for that one any more.
+        self.ending = {one.lease_id for one in ending}
         for one in ending:
             self.loop.release(one.lease_id)
+        self.ending.clear()
 
     def withdraw(self, group: Group) -> None:
         for sequence in group.live:
@@ -243,8 +247,10 @@ class World:
                 raise AssertionError("a step failed")
 
     def _on_preemption(self, lease_ids: tuple[str, ...]) -> None:
-        lost = [self._find(lease_id) for lease_id in lease_ids]
+        lost = [self._find(lease_id) for lease_id in lease_ids if lease_id not in self.ending]
         self.preemptions += len(lost)
+        if not lost:
+            return
         ranks = [group.reservation.rank for group, _ in lost]
         if self.stepping:
             assert all(one.rank <= min(ranks) for one in self.loop.runner.live), "not the last ones were preempted"

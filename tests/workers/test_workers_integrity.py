@@ -6,11 +6,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import random
 from collections.abc import AsyncIterator
 
 import grpc
 import pytest
-from fake_transport import FakeTransport
+from fake_transport import FakeTransport, Faults
 from handoff_messages import frames, header
 from handoff_world import random_frames, receiving, ship
 from worker_driver import Driver, Tiny, code_of, drain, eventually, running_workers
@@ -133,5 +134,32 @@ async def test_a_broken_stream_goes_on_at_the_last_acknowledged_frame(tiny: Tiny
         assert carried[1] == list(range(resumed, len(messages)))
         # Answers come often enough that little is sent twice: what was on its way, no more.
         assert all(later - earlier <= ACKNOWLEDGE_FRAMES + 4 for earlier, later in itertools.pairwise(answers[0]))
+        world.sessions.live.abort(lease.lease_id, "the test is over")
+        await transport.settle()
+
+
+async def test_frames_come_twice_and_in_any_order_over_several_streams(tiny: Tiny) -> None:
+    came: list[int] = []
+
+    async with receiving(tiny.config()) as world:
+
+        async def receive(requests: AsyncIterator[decode_pb2.HandoffRequest]):
+            async def noted() -> AsyncIterator[decode_pb2.HandoffRequest]:
+                async for request in requests:
+                    if (part := request.WhichOneof("part")) in ("kv", "draft"):
+                        came.append(getattr(request, part).index)
+                    yield request
+
+            async with contextlib.aclosing(world.receive(noted())) as responses:
+                async for response in responses:
+                    yield response
+
+        lease, messages = await world.lease(40), random_frames(40, 20, text=2)
+        transport = FakeTransport(receive, 3, Faults(doubled=0.5, delayed=0.5, delay_s=0.02), random.Random(3))
+        totals = await asyncio.wait_for(ship(transport, lease, messages), 10.0)
+        assert transport.opened == 3
+        assert came != sorted(came), "they came in order: nothing was tested"
+        assert len(came) > len(set(came)) == len(messages) == totals.frames
+        assert await world.kv_is(lease, messages)
         world.sessions.live.abort(lease.lease_id, "the test is over")
         await transport.settle()

@@ -31,9 +31,14 @@ def whole(tokens: int) -> int:
     return tokens // BLOCK * BLOCK
 
 
+async def reserve(workers: Driver, request: Request) -> decode_pb2.ReserveResponse:
+    """As the gateway does it."""
+    return await workers.reserve(request, context=request.context)
+
+
 async def shipped(workers: Driver, request: Request, text: list[int]) -> int:
     """Runs a request, which must give `text`; the bytes of KV that its hand-off took."""
-    lease = await workers.reserve(request)
+    lease = await reserve(workers, request)
     stream = await workers.attach(lease.lease_id, request)
     events = [event async for event in workers.start_prefill(request, lease)]
     tokens: list[int] = []
@@ -99,7 +104,7 @@ async def test_a_request_that_goes_on_elsewhere_or_here_finds_its_own(workers: D
     """Aborted in mid-stream and tried again, as after a preemption: prompt and emitted tokens are the context."""
     context = prompt(30)
     request = workers.request(context, 60)
-    lease = await workers.reserve(request)
+    lease = await reserve(workers, request)
     stream = await workers.attach(lease.lease_id, request)
     async for _ in workers.start_prefill(request, lease):
         pass
@@ -141,12 +146,12 @@ async def test_frames_of_what_is_held_are_refused(workers: Driver) -> None:
     request = workers.request(context, 8)
     await workers.complete(request)
     for part, start in ((KvPart.TARGET, 2 * BLOCK - 1), (KvPart.TARGET, 0), (KvPart.DRAFT, 2 * BLOCK - 1)):
-        lease = await workers.reserve(request)
+        lease = await reserve(workers, request)
         assert lease.held_tokens == 2 * BLOCK
         layers = (0, 1) if part is KvPart.DRAFT else (0, LAYERS)
         wrong = kv(0, span(part, layers=layers, tokens=(start, len(context))))
         assert await code_of(send(workers.decode, [header(lease.lease_id), wrong])) is grpc.StatusCode.INVALID_ARGUMENT
-    lease = await workers.reserve(request)
+    lease = await reserve(workers, request)
     right = [
         kv(0, span(tokens=(2 * BLOCK, len(context)), layers=(0, LAYERS))),
         draft(1),
@@ -154,7 +159,7 @@ async def test_frames_of_what_is_held_are_refused(workers: Driver) -> None:
     ]
     for hole in (0, 2):
         missing = [one for one in right if one is not right[hole]]
-        other = await workers.reserve(request)
+        other = await reserve(workers, request)
         sending = send(workers.decode, [header(other.lease_id), *renumbered(missing), commit(missing)])
         if hole == 0:
             assert await code_of(sending) is grpc.StatusCode.DATA_LOSS
@@ -170,7 +175,7 @@ async def test_a_context_that_is_not_the_promised_one_is_refused(workers: Driver
     context = prompt(40)
     request = workers.request(context, 8)
     assert await code_of(workers.reserve(request, context=(1,))) is grpc.StatusCode.INVALID_ARGUMENT
-    lease = await workers.reserve(request)
+    lease = await reserve(workers, request)
     other = workers.request((*context[:-1], (context[-1] + 1) % 80), 8)
     assert await code_of(workers.attach(lease.lease_id, other)) is grpc.StatusCode.INVALID_ARGUMENT
     await workers.abort(lease)
@@ -184,12 +189,12 @@ async def test_what_a_lease_holds_survives_whatever_comes_between(tiny: Tiny) ->
         context = prompt(60)
         await workers.complete(workers.request(context, 16))
         request = workers.request(context, 16)
-        lease = await workers.reserve(request)
+        lease = await reserve(workers, request)
         assert lease.held_tokens == whole(60)
         stream = await workers.attach(lease.lease_id, request)
         for seed in range(14):
             await workers.complete(workers.request(prompt(110, seed + 1), 2))
-        fresh = await workers.reserve(workers.request(prompt(110, 1), 16))
+        fresh = await reserve(workers, workers.request(prompt(110, 1), 16))
         assert fresh.held_tokens == 0, "nothing was evicted: nothing was tested"
         await workers.abort(fresh)
         async for _ in workers.start_prefill(request, lease):

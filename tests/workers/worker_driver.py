@@ -111,6 +111,7 @@ class Driver:
         )
 
     async def reserve(self, request: Request, **changes: Any) -> decode_pb2.ReserveResponse:
+        """Without the context's token ids, unless `changes` bring them: hand-made frames take nothing's place."""
         prefill, _ = await self.status()
         message = decode_pb2.ReserveRequest(
             request_id=request.request_id,
@@ -118,7 +119,6 @@ class Driver:
             max_length=request.max_length,
             fingerprint=prefill.fingerprint,
             attempt=1,
-            context=request.context,
         )
         message.MergeFrom(decode_pb2.ReserveRequest(**changes))
         return await self.decode.Reserve(message, timeout=TIMEOUT_S)
@@ -152,7 +152,9 @@ class Driver:
 
     async def complete_samples(self, request: Request, samples: int, **changes: Any) -> list[Outcome]:
         """The same for several samples that share the prompt."""
-        reserving = asyncio.ensure_future(self.reserve(request, samples=samples, **changes))
+        reserving = asyncio.ensure_future(
+            self.reserve(request, samples=samples, **{"context": request.context} | changes)
+        )
         try:
             lease = await asyncio.shield(reserving)
             return await self._complete(request, lease)
