@@ -144,6 +144,13 @@ class GatewayConfig:
     replicas: int = 1
     host: str = "127.0.0.1"
     grpc_port: int = 0
+    #: Where OpenAI's HTTP API is served: 0 takes a free port, -1 none.
+    http_port: int = -1
+    #: The model's name over HTTP; empty for the one that it has anyway.
+    served_model_name: str = ""
+    #: vLLM's names of the parsers that read tool calls and reasoning out of a chat's text; empty for none.
+    tool_parser: str = ""
+    reasoning_parser: str = ""
     num_cpus: float = 1.0
     prefill_workers: tuple[str, ...] = ()
     decode_workers: tuple[str, ...] = ()
@@ -162,6 +169,9 @@ class GatewayConfig:
 
     def __post_init__(self) -> None:
         _require(0 <= self.grpc_port <= 65535, f"gateway.grpc_port: must be between 0 and 65535, got {self.grpc_port}")
+        _require(
+            -1 <= self.http_port <= 65535, f"gateway.http_port: must be between -1 and 65535, got {self.http_port}"
+        )
         for name in ("replicas", "max_attempts", "max_requests", "max_tokens_limit"):
             _require(getattr(self, name) >= 1, f"gateway.{name}: must be at least 1, got {getattr(self, name)}")
         for name in ("request_timeout_s", "stall_timeout_s", "worker_wait_s"):

@@ -23,7 +23,7 @@ USER_ERROR = 2
 
 class Serve(Protocol):
     def __call__(
-        self, config: Config, *, ready: Callable[[str], None], stop: asyncio.Event, progress: Callable[[str], None]
+        self, config: Config, *, ready: Callable[..., None], stop: asyncio.Event, progress: Callable[[str], None]
     ) -> Awaitable[None]: ...
 
 
@@ -36,8 +36,8 @@ def run(
     """Runs `<role>.serve.serve` until SIGTERM or SIGINT; returns the exit code.
 
     `user_errors` are more exceptions that are the user's to mend. Prints `ready grpc=HOST:PORT` to stdout once it
-    serves; progress and logs go to stderr. The role's modules are imported only after the environment of the compute
-    threads has been set.
+    serves, a gateway with OpenAI's API also ` http=HOST:PORT`; progress and logs go to stderr. The role's modules are
+    imported only after the environment of the compute threads has been set.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {role}")
     parser.add_argument("--config", metavar="FILE", help="YAML configuration; without it the defaults apply")
@@ -100,7 +100,7 @@ async def _serve(serve: Serve, config: Config) -> None:
         loop.add_signal_handler(number, stop.set)
     await serve(
         config,
-        ready=lambda address: print(f"ready grpc={address}", flush=True),
+        ready=lambda grpc, http="": print(f"ready grpc={grpc}" + (f" http={http}" if http else ""), flush=True),
         stop=stop,
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )

@@ -116,12 +116,13 @@ class Explainer:
 
     def _request(self, arguments: argparse.Namespace) -> Request:
         """Encoded as the gateway does it, with room for every step to accept a whole path."""
-        from gateway.tokens import Message
+        from gateway.conversation import Conversation
 
         if arguments.steps < 1:
             raise InvalidRequestError(f"--steps must be at least 1, got {arguments.steps}")
         if arguments.chat:
-            prompt = asyncio.run(self.tokens.encode_chat([Message("user", arguments.prompt)]))
+            chat = Conversation(({"role": "user", "content": arguments.prompt},))
+            prompt = asyncio.run(self.tokens.encode_chat(chat))
         else:
             prompt = asyncio.run(self.tokens.encode(arguments.prompt))
         max_tokens = 1 + arguments.steps * (self._tree.depth + 1)

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 from branchline.core import InvalidRequestError
 from branchline.v1 import gateway_pb2
+from gateway.conversation import Conversation, conversation
 from gateway.limits import Limits, check_ids
-from gateway.tokens import Message, Tokens
+from gateway.tokens import Tokens
 
 
-async def prompt_ids(request: gateway_pb2.GenerateRequest, tokens: Tokens, limits: Limits) -> tuple[int, ...]:
-    """At least one id, and short enough that one more token fits. Raises InvalidRequestError."""
+async def prompt_ids(
+    request: gateway_pb2.GenerateRequest, tokens: Tokens, limits: Limits, chat: Conversation | None = None
+) -> tuple[int, ...]:
+    """At least one id, and short enough that one more token fits. A `chat` is the input in place of the request's own,
+    of which there must be none then. Raises InvalidRequestError.
+    """
     field = request.WhichOneof("input")
     match field:
+        case _ if chat is not None:
+            if field is not None:
+                raise InvalidRequestError(f"options.{field}: the messages are the input")
+            field, ids = "chat", await tokens.encode_chat(chat)
         case "prompt":
-            _check_chars(field, len(request.prompt), tokens, limits)
-            ids = await tokens.encode(request.prompt) if request.prompt else ()
+            ids = await text_ids(request.prompt, tokens, limits)
         case "chat":
-            ids = await tokens.encode_chat(_messages(request.chat, tokens, limits))
+            plain = gateway_pb2.ChatRequest(messages=request.chat.messages)
+            ids = await tokens.encode_chat(conversation(plain, limits, tokens.longest_token))
         case "token_ids":
             _check_length(field, len(request.token_ids.ids), limits)
             ids = tuple(request.token_ids.ids)
@@ -29,25 +38,15 @@ async def prompt_ids(request: gateway_pb2.GenerateRequest, tokens: Tokens, limit
     return ids
 
 
-def _messages(chat: gateway_pb2.ChatMessages, tokens: Tokens, limits: Limits) -> list[Message]:
-    if not chat.messages:
-        raise InvalidRequestError("chat.messages: at least one message must be given")
-    if len(chat.messages) > limits.max_model_len:
-        raise InvalidRequestError(f"chat.messages: {len(chat.messages)} are too many for the context limit")
-    _check_chars("chat", sum(len(message.content) for message in chat.messages), tokens, limits)
-    for index, message in enumerate(chat.messages):
-        if not message.role:
-            raise InvalidRequestError(f"chat.messages[{index}].role: must not be empty")
-    return [Message(message.role, message.content) for message in chat.messages]
-
-
-def _check_chars(field: str, chars: int, tokens: Tokens, limits: Limits) -> None:
-    """Refuses what must be too long even if every token were the vocabulary's longest, before it costs anything."""
-    most = limits.max_model_len * tokens.longest_token
-    if chars > most:
+async def text_ids(text: str, tokens: Tokens, limits: Limits) -> tuple[int, ...]:
+    """None for an empty text. Refuses what must be too long even if every token were the vocabulary's longest, before
+    it costs anything.
+    """
+    if len(text) > limits.max_model_len * tokens.longest_token:
         raise InvalidRequestError(
-            f"{field}: too long: {chars} characters can't fit the context limit of {limits.max_model_len} tokens"
+            f"prompt: too long: {len(text)} characters can't fit the context limit of {limits.max_model_len} tokens"
         )
+    return await tokens.encode(text) if text else ()
 
 
 def _check_length(field: str, length: int, limits: Limits) -> None:

@@ -6,15 +6,21 @@ import asyncio
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import branchline.v1.gateway_pb2_grpc as gateway_pb2_grpc
-from branchline.config import Config
+from branchline.config import Config, GatewayConfig
 from branchline.engine.models.locate import locate_model
 from branchline.wire.server import RpcServer
 from gateway.backend import Backend
+from gateway.desk import Desk
+from gateway.parsing import Parsers
 from gateway.pool import WorkerPool, WorkersNotReadyError
 from gateway.service import GatewayService
 from gateway.tokens import Tokens
+
+if TYPE_CHECKING:
+    from gateway.http.server import HttpServer
 
 SERVICE = "branchline.v1.GatewayService"
 
@@ -33,29 +39,37 @@ def _nobody(_pool: WorkerPool) -> None:
 async def serve(
     config: Config,
     *,
-    ready: Callable[[str], None],
+    ready: Callable[..., None],
     stop: asyncio.Event,
     progress: Callable[[str], None] = _silent,
     on_pool: Callable[[WorkerPool], None] = _nobody,
 ) -> None:
-    """Serves until `stop` is set; calls `ready("HOST:PORT")` when the first request can be answered.
+    """Serves until `stop` is set; calls `ready("HOST:PORT")` when the first request can be answered, with the address
+    of the HTTP API as a second argument if it is served.
 
     `on_pool` gets the pool of workers as soon as it exists: its `update` may then be called from any thread when
     addresses change. Raises ModelError, BindError, WorkersNotReadyError, or InvalidRequestError for an address of a
     worker that is not HOST:PORT. Everything is closed when it returns or raises.
     """
+    settings = config.gateway
     tokens = await asyncio.to_thread(_load_tokens, config.model.model, progress)
-    backend = Backend(config.gateway)
-    server = RpcServer(config.gateway.host, config.gateway.grpc_port)
+    parsers = await asyncio.to_thread(_load_parsers, settings, tokens, progress)
+    backend = Backend(settings)
+    desk = Desk.make(backend, tokens, config.model.model, parsers)
+    server = RpcServer(settings.host, settings.grpc_port)
+    server.add(SERVICE, GatewayService(desk), gateway_pb2_grpc.add_GatewayServiceServicer_to_server)
+    http = await asyncio.to_thread(_load_http, settings, desk, progress) if settings.http_port >= 0 else None
     try:
         backend.pool.update(config.gateway.prefill_workers, config.gateway.decode_workers)
         on_pool(backend.pool)
-        service = GatewayService(backend, tokens, config.model.model)
-        server.add(SERVICE, service, gateway_pb2_grpc.add_GatewayServiceServicer_to_server)
         if await _workers_ready(backend.pool, stop, config.ray.start_timeout_s, progress):
-            ready(await server.start())
+            addresses = [await server.start()] + ([await http.start()] if http else [])
+            ready(*addresses)
             await stop.wait()
     finally:
+        desk.door.close()
+        if http:
+            await http.stop()
         await server.stop(grace_s=0)
         await backend.close()
         tokens.close()
@@ -65,6 +79,24 @@ def _load_tokens(model: str, progress: Callable[[str], None]) -> Tokens:
     directory: Path = locate_model(model, progress)
     progress("gateway: loading the tokenizer")
     return Tokens.load(directory)
+
+
+def _load_http(settings: GatewayConfig, desk: Desk, progress: Callable[[str], None]) -> HttpServer:
+    """Imported only where it is served: OpenAI's types take a second or two."""
+    progress("gateway: loading the HTTP API")
+    from gateway.http.app import application
+    from gateway.http.server import HttpServer
+
+    return HttpServer(application(desk), settings.host, settings.http_port)
+
+
+def _load_parsers(settings: GatewayConfig, tokens: Tokens, progress: Callable[[str], None]) -> Parsers | None:
+    if not (settings.tool_parser or settings.reasoning_parser):
+        return None
+    progress("gateway: loading vLLM's parsers")
+    from gateway.vllm_parsers import VllmParsers
+
+    return VllmParsers(tokens.tokenizer, settings.tool_parser, settings.reasoning_parser)
 
 
 async def _workers_ready(

@@ -2,139 +2,116 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import importlib.metadata
-import logging
-import time
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Sequence
+from typing import Any
 
 import grpc
 
 from branchline.core import InvalidRequestError
 from branchline.v1 import gateway_pb2, gateway_pb2_grpc
-from branchline.wire.status import RpcFailure
-from gateway.backend import Backend
-from gateway.journal import JournalEntry
-from gateway.limits import Limits
-from gateway.output import Output
-from gateway.relay import Relay
-from gateway.sample import Sample, Write
-from gateway.tokens import Tokens
-from gateway.validate import resolve
-from gateway.worker import Role, Worker
+from gateway.desk import Desk
+from gateway.door import Call
+from gateway.generation import Ask
+from gateway.limits import check_ids
+from gateway.prompts import text_ids
 
-logger = logging.getLogger(__name__)
-
-STATUS_TIMEOUT_S = 2.0
-_ANSWER_S = 0.1
+#: In the initial metadata of calls that generate.
+REQUEST_ID_METADATA = "x-request-id"
 
 
 class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
-    """`active_requests` is the number of Generate calls that are being served."""
+    """Translates between gRPC and the desk; the methods' names are the proto's."""
 
-    def __init__(self, backend: Backend, tokens: Tokens, model: str) -> None:
-        self.active_requests = 0
-        self._backend = backend
-        self._config = backend.config
-        self._tokens = tokens
-        self._model = model
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
 
-    async def Generate(  # noqa: N802 - named by the proto
+    async def Generate(  # noqa: N802
         self, request: gateway_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> None:
-        with self._admitted():
-            remaining = context.time_remaining()
-            timeout_s = self._config.request_timeout_s if remaining is None else remaining - _answer_s(remaining)
-            arrived = time.monotonic()
-            relay = None
-            try:
-                async with asyncio.timeout(timeout_s):
-                    entries = await resolve(request, self._tokens, self._limits(), arrived)
-                    relay = Relay(self._backend, self._samples(entries, context.write), arrived + timeout_s)
-                    await relay.run()
-            except TimeoutError:
-                raise relay.timed_out() if relay else _deadline_passed() from None
+        async def write(_prompt: int, response: gateway_pb2.GenerateResponse) -> None:
+            await context.write(response)
 
-    async def GetInfo(  # noqa: N802 - named by the proto
-        self,
-        request: gateway_pb2.GetInfoRequest,  # noqa: ARG002 - has no fields
-        context: grpc.aio.ServicerContext,  # noqa: ARG002
-    ) -> gateway_pb2.GetInfoResponse:
-        pool = self._backend.pool
-        workers = await asyncio.gather(*(_worker_info(worker) for worker in pool.workers))
-        decode = next((w.status for w in pool.workers if w.role is Role.DECODE and w.status), None)
-        return gateway_pb2.GetInfoResponse(
-            version=_version(),
-            model=decode.model if decode else self._model,
-            max_model_len=pool.max_model_len or 0,
-            tree=decode.tree if decode else "",
-            workers=workers,
-            active_requests=self.active_requests,
+        async with self._desk.generator.open(_call("Generate", context)) as session:
+            (prompt,) = await session.read([Ask(request)])
+            await _send_id(context, session.request_id, prompt)
+            await session.run(write)
+
+    async def Chat(  # noqa: N802
+        self, request: gateway_pb2.ChatRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        await self._desk.chats.run(
+            _call("Chat", context), request, context.write, started=functools.partial(_send_id, context)
         )
 
-    def _samples(self, entries: Sequence[JournalEntry], send: Write) -> list[Sample]:
-        sending = asyncio.Lock()
+    async def Tokenize(  # noqa: N802
+        self, request: gateway_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> gateway_pb2.TokenizeResponse:
+        self._desk.door.greet(_call("Tokenize", context))
+        limits = self._desk.generator.limits
+        match request.WhichOneof("input"):
+            case "prompt":
+                ids = await text_ids(request.prompt, self._desk.tokens, limits)
+            case "chat":
+                ask = self._desk.chats.ask(request.chat)
+                assert ask.chat
+                ids = await self._desk.tokens.encode_chat(ask.chat)
+            case _:
+                raise InvalidRequestError("input: one of prompt and chat must be given")
+        return gateway_pb2.TokenizeResponse(token_ids=ids, max_model_len=limits.max_model_len)
 
-        async def write(response: gateway_pb2.GenerateResponse) -> None:
-            async with sending:  # gRPC takes one message at a time
-                await send(response)
+    async def Detokenize(  # noqa: N802
+        self, request: gateway_pb2.DetokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> gateway_pb2.DetokenizeResponse:
+        self._desk.door.greet(_call("Detokenize", context))
+        tokens, ids = self._desk.tokens, list(request.token_ids)
+        most = self._desk.generator.limits.max_model_len
+        if len(ids) > most:
+            raise InvalidRequestError(f"token_ids: {len(ids)} are more than the context limit of {most}")
+        check_ids("token_ids", ids, tokens.vocab_size)
+        return gateway_pb2.DetokenizeResponse(
+            text=tokens.decode_all(ids) if request.special_tokens else tokens.decode(ids)
+        )
 
-        return [
-            Sample(index, entry, Output(self._tokens.detokenizer(), entry.stop), write)
-            for index, entry in enumerate(entries)
-        ]
+    async def GetInfo(  # noqa: N802
+        self,
+        request: gateway_pb2.GetInfoRequest,  # noqa: ARG002 - has no fields
+        context: grpc.aio.ServicerContext,
+    ) -> gateway_pb2.GetInfoResponse:
+        self._desk.door.greet(_call("GetInfo", context))
+        return await self._desk.info.system()
 
-    @contextlib.contextmanager
-    def _admitted(self) -> Iterator[None]:
-        if self.active_requests >= self._config.max_requests:
-            raise RpcFailure(
-                grpc.StatusCode.RESOURCE_EXHAUSTED, f"the gateway serves {self.active_requests} requests already"
-            )
-        self.active_requests += 1
-        try:
-            yield
-        finally:
-            self.active_requests -= 1
+    async def ListModels(  # noqa: N802
+        self,
+        request: gateway_pb2.ListModelsRequest,  # noqa: ARG002 - has no fields
+        context: grpc.aio.ServicerContext,
+    ) -> gateway_pb2.ListModelsResponse:
+        self._desk.door.greet(_call("ListModels", context))
+        name, *aliases = self._desk.info.models
+        model = gateway_pb2.ModelInfo(id=name, max_model_len=self._desk.info.max_model_len, aliases=aliases)
+        return gateway_pb2.ListModelsResponse(models=[model])
 
-    def _limits(self) -> Limits:
-        max_model_len = self._backend.pool.max_model_len
-        if max_model_len is None:
-            raise RpcFailure(grpc.StatusCode.UNAVAILABLE, "no worker has been seen yet")
-        return Limits(max_model_len=max_model_len, max_tokens=self._config.max_tokens_limit)
+    async def GetStatus(  # noqa: N802
+        self,
+        request: gateway_pb2.GetStatusRequest,  # noqa: ARG002 - has no fields
+        context: grpc.aio.ServicerContext,
+    ) -> gateway_pb2.GetStatusResponse:
+        self._desk.door.greet(_call("GetStatus", context))
+        return self._desk.info.status()
 
-
-async def _worker_info(worker: Worker) -> gateway_pb2.WorkerInfo:
-    """What the worker says now, and whether requests go to it. Nothing is said of the load of one that does not
-    answer: it may be long gone.
-    """
-    try:
-        status = await worker.fetch_status(STATUS_TIMEOUT_S)
-    except (RpcFailure, InvalidRequestError) as error:
-        logger.info("%s: no status: %s", worker, error)
-        return gateway_pb2.WorkerInfo(role=worker.role, address=worker.address, healthy=False)
-    return gateway_pb2.WorkerInfo(
-        role=worker.role,
-        address=worker.address,
-        healthy=worker.healthy,
-        blocks_total=status.blocks_total,
-        blocks_used=status.blocks_used,
-        requests=status.requests,
-        tasks=status.tasks,
-    )
-
-
-def _answer_s(remaining: float) -> float:
-    """How long before its own deadline a client is answered: it should hear why, not just that its time is up."""
-    return min(_ANSWER_S, remaining / 10)
+    async def Abort(  # noqa: N802
+        self, request: gateway_pb2.GatewayServiceAbortRequest, context: grpc.aio.ServicerContext
+    ) -> gateway_pb2.GatewayServiceAbortResponse:
+        self._desk.door.greet(_call("Abort", context))
+        self._desk.door.abort(request.request_id, request.reason or "no reason was given")
+        return gateway_pb2.GatewayServiceAbortResponse()
 
 
-def _deadline_passed() -> RpcFailure:
-    return RpcFailure(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the request was read")
+def _call(method: str, context: grpc.aio.ServicerContext) -> Call:
+    headers: dict[str, Any] = dict(context.invocation_metadata() or ())
+    return Call("grpc", method, headers, context.time_remaining())
 
 
-def _version() -> str:
-    try:
-        return importlib.metadata.version("branchline")
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree
-        return "0+source"
+async def _send_id(context: grpc.aio.ServicerContext, request_id: str, _prompt: Sequence[int]) -> None:
+    """Before the first response, so that a client that waits in the queue can name its request."""
+    await context.send_initial_metadata(((REQUEST_ID_METADATA, request_id),))

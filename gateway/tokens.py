@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,21 +16,24 @@ from transformers import AutoTokenizer
 
 from branchline.core import InvalidRequestError
 from branchline.engine.models.errors import ModelError
+from gateway.conversation import Conversation
 from gateway.detokenize import Detokenizer
+from gateway.token_bytes import token_bytes
 
 #: Characters of input above which encoding leaves the event loop: about a millisecond's work.
 _LONG_INPUT = 4096
-
+#: What a template may raise at messages that it was not written for; jinja2's sandbox and `raise_exception` included.
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 Input = TypeVar("Input")
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One message of a chat."""
-
-    role: str
-    content: str
 
 
 class Tokens:
@@ -47,6 +50,8 @@ class Tokens:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
         lengths = (len(token) for token in tokenizer.get_vocab())
         self.longest_token = max(lengths, default=1)
+        #: Whether the chat template shows tools to the model.
+        self.knows_tools = _mentions(tokenizer.chat_template, "tools")
 
     @classmethod
     def load(cls, directory: Path) -> Tokens:
@@ -70,16 +75,27 @@ class Tokens:
         """The ids of a raw prompt, with the special tokens that the model's own rule adds (often none)."""
         return await self._run(_encode_text, text, len(text))
 
-    async def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """The ids of a chat, ready for the assistant's answer. Raises InvalidRequestError when the template refuses."""
-        size = sum(len(message.role) + len(message.content) for message in messages)
-        return await self._run(_encode_chat, messages, size)
+    async def encode_chat(self, chat: Conversation) -> tuple[int, ...]:
+        """The ids of a chat, ready for the assistant's answer. Raises InvalidRequestError when the template refuses, or
+        there are tools and it knows none.
+        """
+        if chat.tools and not self.knows_tools:
+            raise InvalidRequestError("chat.tools: the model's chat template knows no tools")
+        return await self._run(_encode_chat, chat, chat.size)
 
     def encode_word(self, text: str) -> tuple[int, ...]:
         """The ids of a short text as it stands, without special tokens."""
         return tuple(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
-    def detokenizer(self) -> Detokenizer:
+    @property
+    def tokenizer(self) -> Any:
+        """As AutoTokenizer makes it, for libraries that want one; on the event loop only."""
+        return self._tokenizer
+
+    def detokenizer(self, *, special_tokens: bool = False) -> Detokenizer:
+        """`special_tokens`: show them by their names, except those that end a text."""
+        if special_tokens:
+            return Detokenizer(self.decode_all, frozenset(self.eos_ids))
         return Detokenizer(self.decode, self._special_ids)
 
     def decode(self, ids: list[int]) -> str:
@@ -87,10 +103,19 @@ class Tokens:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
+    def decode_all(self, ids: list[int]) -> str:
+        """All of the text at once, special tokens by their names."""
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
     def piece(self, token_id: int) -> str:
         """One token on its own, a special one by its name; part of a character shows as U+FFFD."""
         text: str = self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
         return text
+
+    def piece_bytes(self, token_id: int) -> bytes | None:
+        """One token's bytes, also of part of a character; None when the tokenizer does not tell."""
+        return token_bytes(self._tokenizer, token_id, self.piece(token_id))
 
     async def _run(self, encode: Callable[[Any, Input], tuple[int, ...]], value: Input, size: int) -> tuple[int, ...]:
         if size <= _LONG_INPUT:
@@ -103,14 +128,26 @@ def _encode_text(tokenizer: Any, text: str) -> tuple[int, ...]:
     return tuple(tokenizer.encode(text, verbose=False))
 
 
-def _encode_chat(tokenizer: Any, messages: Sequence[Message]) -> tuple[int, ...]:
-    chat = [{"role": message.role, "content": message.content} for message in messages]
+def _encode_chat(tokenizer: Any, chat: Conversation) -> tuple[int, ...]:
+    """transformers renders in jinja2's immutable sandbox: a template reaches its variables and nothing else."""
     try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in chat.messages],
+            tools=[dict(tool) for tool in chat.tools] or None,
+            tokenize=False,
+            add_generation_prompt=True,
+            **chat.arguments,
+        )
+    except _TEMPLATE_ERRORS as error:
         raise InvalidRequestError(f"chat: the model's chat template refuses these messages: {error}") from error
     # The template has written the special tokens.
     return tuple(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
+
+def _mentions(template: str | dict[str, str] | None, variable: str) -> bool:
+    """A model may have several templates, by name."""
+    texts = template.values() if isinstance(template, dict) else [template or ""]
+    return any(re.search(rf"\b{variable}\b", text) for text in texts)
 
 
 def _special_ids(tokenizer: Any) -> frozenset[int]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from branchline.core import MAX_LOGPROBS, MAX_PRIORITY, MAX_SAMPLES, MAX_STOP_TOKEN_IDS, InvalidRequestError
 from branchline.v1 import gateway_pb2
+from gateway.conversation import Conversation
 from gateway.journal import JournalEntry
 from gateway.limits import Limits, check_ids, check_range
 from gateway.prompts import prompt_ids
@@ -26,9 +27,16 @@ MAX_DRAFT_NODES = 1 << 20
 
 
 async def resolve(
-    request: gateway_pb2.GenerateRequest, tokens: Tokens, limits: Limits, arrived: float
+    request: gateway_pb2.GenerateRequest,
+    tokens: Tokens,
+    limits: Limits,
+    arrived: float,
+    *,
+    request_id: str = "",
+    chat: Conversation | None = None,
 ) -> tuple[JournalEntry, ...]:
-    """One entry for each sample. `arrived`: when the client asked, on the monotonic clock.
+    """One entry for each sample. `arrived`: when the client asked, on the monotonic clock. `request_id` is drawn if
+    none is given; a `chat` is the input in place of the request's own.
 
     Raises InvalidRequestError.
     """
@@ -44,9 +52,9 @@ async def resolve(
     if request.HasField("max_tokens"):
         _check_max_tokens(request.max_tokens, limits)
     _check_min_tokens(request, limits)
-    prompt = await prompt_ids(request, tokens, limits)
+    prompt = await prompt_ids(request, tokens, limits, chat)
     max_tokens = _max_tokens(request, len(prompt), limits)
-    request_id = secrets.token_hex(8)
+    request_id = request_id or secrets.token_hex(8)
     return tuple(
         JournalEntry(
             request_id=request_id if samples == 1 else f"{request_id}.{index}",

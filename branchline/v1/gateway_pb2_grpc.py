@@ -40,10 +40,40 @@ class GatewayServiceStub:
                 request_serializer=branchline_dot_v1_dot_gateway__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=branchline_dot_v1_dot_gateway__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Chat = channel.unary_stream(
+                '/branchline.v1.GatewayService/Chat',
+                request_serializer=branchline_dot_v1_dot_gateway__pb2.ChatRequest.SerializeToString,
+                response_deserializer=branchline_dot_v1_dot_gateway__pb2.ChatResponse.FromString,
+                _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/branchline.v1.GatewayService/Tokenize',
+                request_serializer=branchline_dot_v1_dot_gateway__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=branchline_dot_v1_dot_gateway__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/branchline.v1.GatewayService/Detokenize',
+                request_serializer=branchline_dot_v1_dot_gateway__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=branchline_dot_v1_dot_gateway__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
         self.GetInfo = channel.unary_unary(
                 '/branchline.v1.GatewayService/GetInfo',
                 request_serializer=branchline_dot_v1_dot_gateway__pb2.GetInfoRequest.SerializeToString,
                 response_deserializer=branchline_dot_v1_dot_gateway__pb2.GetInfoResponse.FromString,
+                _registered_method=True)
+        self.ListModels = channel.unary_unary(
+                '/branchline.v1.GatewayService/ListModels',
+                request_serializer=branchline_dot_v1_dot_gateway__pb2.ListModelsRequest.SerializeToString,
+                response_deserializer=branchline_dot_v1_dot_gateway__pb2.ListModelsResponse.FromString,
+                _registered_method=True)
+        self.GetStatus = channel.unary_unary(
+                '/branchline.v1.GatewayService/GetStatus',
+                request_serializer=branchline_dot_v1_dot_gateway__pb2.GetStatusRequest.SerializeToString,
+                response_deserializer=branchline_dot_v1_dot_gateway__pb2.GetStatusResponse.FromString,
+                _registered_method=True)
+        self.Abort = channel.unary_unary(
+                '/branchline.v1.GatewayService/Abort',
+                request_serializer=branchline_dot_v1_dot_gateway__pb2.GatewayServiceAbortRequest.SerializeToString,
+                response_deserializer=branchline_dot_v1_dot_gateway__pb2.GatewayServiceAbortResponse.FromString,
                 _registered_method=True)
 
 
@@ -59,13 +89,61 @@ class GatewayServiceServicer:
         deadline, UNAVAILABLE when no worker can serve, DEADLINE_EXCEEDED when the deadline passes. Cancelling frees
         everything on all workers. Without a deadline of the client's the gateway's own applies. Safe to retry until
         the first response has come; with a seed a retry repeats the same text.
+        The call's initial metadata has the request's id in `x-request-id`, before it waits for workers; Abort takes it.
+        A refusal that time may lift has `grpc-retry-pushback-ms` in its trailing metadata: when to try again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Chat(self, request, context):
+        """Generates the next message of a chat, or `n` of them: as Generate with `chat` does, and the gateway's parsers (its
+        options `tool_parser` and `reasoning_parser`) take reasoning and tool calls out of the text. Without a parser all
+        is text. INVALID_ARGUMENT also for tools when the model's chat template knows none, or there is no parser that
+        could read the calls. Everything else as in Generate.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Tokenize(self, request, context):
+        """The token ids of a text or a chat, as Generate and Chat would have them. INVALID_ARGUMENT names the field.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """The text of token ids. INVALID_ARGUMENT for an id outside of the vocabulary.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetInfo(self, request, context):
-        """What is being served, and the load now.
+        """What is being served, and the load now. Asks every worker, for two seconds at most.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListModels(self, request, context):
+        """The models that are being served. Asks nobody.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetStatus(self, request, context):
+        """The requests that this gateway is serving, the oldest first. Asks nobody.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Abort(self, request, context):
+        """Ends a request that this gateway is serving, by whichever interface it came: its client gets CANCELLED, and
+        everything is freed on all workers. NOT_FOUND when there is no such request, or no more.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -79,10 +157,40 @@ def add_GatewayServiceServicer_to_server(servicer, server):
                     request_deserializer=branchline_dot_v1_dot_gateway__pb2.GenerateRequest.FromString,
                     response_serializer=branchline_dot_v1_dot_gateway__pb2.GenerateResponse.SerializeToString,
             ),
+            'Chat': grpc.unary_stream_rpc_method_handler(
+                    servicer.Chat,
+                    request_deserializer=branchline_dot_v1_dot_gateway__pb2.ChatRequest.FromString,
+                    response_serializer=branchline_dot_v1_dot_gateway__pb2.ChatResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=branchline_dot_v1_dot_gateway__pb2.TokenizeRequest.FromString,
+                    response_serializer=branchline_dot_v1_dot_gateway__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=branchline_dot_v1_dot_gateway__pb2.DetokenizeRequest.FromString,
+                    response_serializer=branchline_dot_v1_dot_gateway__pb2.DetokenizeResponse.SerializeToString,
+            ),
             'GetInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetInfo,
                     request_deserializer=branchline_dot_v1_dot_gateway__pb2.GetInfoRequest.FromString,
                     response_serializer=branchline_dot_v1_dot_gateway__pb2.GetInfoResponse.SerializeToString,
+            ),
+            'ListModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListModels,
+                    request_deserializer=branchline_dot_v1_dot_gateway__pb2.ListModelsRequest.FromString,
+                    response_serializer=branchline_dot_v1_dot_gateway__pb2.ListModelsResponse.SerializeToString,
+            ),
+            'GetStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStatus,
+                    request_deserializer=branchline_dot_v1_dot_gateway__pb2.GetStatusRequest.FromString,
+                    response_serializer=branchline_dot_v1_dot_gateway__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'Abort': grpc.unary_unary_rpc_method_handler(
+                    servicer.Abort,
+                    request_deserializer=branchline_dot_v1_dot_gateway__pb2.GatewayServiceAbortRequest.FromString,
+                    response_serializer=branchline_dot_v1_dot_gateway__pb2.GatewayServiceAbortResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -124,6 +232,87 @@ class GatewayService:
             _registered_method=True)
 
     @staticmethod
+    def Chat(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/branchline.v1.GatewayService/Chat',
+            branchline_dot_v1_dot_gateway__pb2.ChatRequest.SerializeToString,
+            branchline_dot_v1_dot_gateway__pb2.ChatResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.v1.GatewayService/Tokenize',
+            branchline_dot_v1_dot_gateway__pb2.TokenizeRequest.SerializeToString,
+            branchline_dot_v1_dot_gateway__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.v1.GatewayService/Detokenize',
+            branchline_dot_v1_dot_gateway__pb2.DetokenizeRequest.SerializeToString,
+            branchline_dot_v1_dot_gateway__pb2.DetokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GetInfo(request,
             target,
             options=(),
@@ -140,6 +329,87 @@ class GatewayService:
             '/branchline.v1.GatewayService/GetInfo',
             branchline_dot_v1_dot_gateway__pb2.GetInfoRequest.SerializeToString,
             branchline_dot_v1_dot_gateway__pb2.GetInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.v1.GatewayService/ListModels',
+            branchline_dot_v1_dot_gateway__pb2.ListModelsRequest.SerializeToString,
+            branchline_dot_v1_dot_gateway__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.v1.GatewayService/GetStatus',
+            branchline_dot_v1_dot_gateway__pb2.GetStatusRequest.SerializeToString,
+            branchline_dot_v1_dot_gateway__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Abort(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.v1.GatewayService/Abort',
+            branchline_dot_v1_dot_gateway__pb2.GatewayServiceAbortRequest.SerializeToString,
+            branchline_dot_v1_dot_gateway__pb2.GatewayServiceAbortResponse.FromString,
             options,
             channel_credentials,
             insecure,

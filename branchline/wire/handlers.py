@@ -19,7 +19,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from branchline.core import InvalidRequestError
-from branchline.wire.status import FORESEEN, RpcFailure, failure_for
+from branchline.wire.status import FORESEEN, RETRY_METADATA, RpcFailure, failure_for
 
 logger = logging.getLogger(__name__)
 
@@ -144,4 +144,5 @@ async def _mapped_errors(method: str, context: grpc.aio.ServicerContext) -> Asyn
         request_id = secrets.token_hex(6)
         logger.exception("%s failed, request %s", method, request_id)
         failure = RpcFailure(grpc.StatusCode.INTERNAL, f"internal error, request {request_id}")
-    await context.abort(failure.code, failure.details)
+    hint = () if failure.retry_after_s is None else ((RETRY_METADATA, str(round(failure.retry_after_s * 1000))),)
+    await context.abort(failure.code, failure.details, hint)

@@ -11,19 +11,25 @@ import grpc
 
 from branchline.core import InvalidRequestError
 
+#: gRPC's own name for a server's hint, in the trailing metadata: milliseconds until the client may try again.
+RETRY_METADATA = "grpc-retry-pushback-ms"
+
 #: gRPC puts the message into a header, and peers accept 8 KiB of headers in all.
 MAX_DETAILS_CHARS = 1000
 
 
 class RpcFailure(Exception):  # noqa: N818 - it is the outcome of a call, named as gRPC does
-    """Ends an RPC with `code`; `details` is meant for the peer."""
+    """Ends an RPC with `code`; `details` is meant for the peer. `retry_after_s`: when it may try again, if that could
+    help; None says nothing.
+    """
 
-    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+    def __init__(self, code: grpc.StatusCode, details: str, *, retry_after_s: float | None = None) -> None:
         if code is grpc.StatusCode.OK:
             raise ValueError("OK is not a failure")
         super().__init__(code, details)
         self.code = code
         self.details = details
+        self.retry_after_s = retry_after_s
 
     def __str__(self) -> str:
         return f"{self.code.name}: {self.details}"
@@ -37,7 +43,7 @@ def failure_for(error: RpcFailure | InvalidRequestError | NotImplementedError) -
     """What the peer is told about `error`."""
     match error:
         case RpcFailure():
-            return RpcFailure(error.code, shorten(error.details))
+            return RpcFailure(error.code, shorten(error.details), retry_after_s=error.retry_after_s)
         case InvalidRequestError():
             return RpcFailure(grpc.StatusCode.INVALID_ARGUMENT, shorten(str(error)))
         case NotImplementedError():

@@ -15,6 +15,8 @@ from branchline.v1 import gateway_pb2, gateway_pb2_grpc, types_pb2
 from branchline.wire.channels import open_channel
 from branchline.wire.server import RpcServer
 from gateway.backend import Backend
+from gateway.desk import Desk
+from gateway.parsing import Parsers
 from gateway.service import GatewayService
 from gateway.tokens import Tokens
 
@@ -46,7 +48,7 @@ class House:
     prefills: Sequence[ScriptedPrefill]
     decodes: Sequence[ScriptedDecode]
     backend: Backend
-    service: GatewayService
+    desk: Desk
     tokens: Tokens
     stub: Any
     servers: list[RpcServer]
@@ -89,7 +91,7 @@ class House:
 
     def _idle(self) -> bool:
         return not (
-            self.service.active_requests
+            self.desk.door.active_requests
             or self.backend.pool.in_flight
             or self.backend.leases.pending
             or any(prefill.running for prefill in self.prefills)
@@ -100,7 +102,11 @@ class House:
 
 @contextlib.asynccontextmanager
 async def house(
-    tokens: Tokens, prefills: Sequence[ScriptedPrefill], decodes: Sequence[ScriptedDecode], **settings: Any
+    tokens: Tokens,
+    prefills: Sequence[ScriptedPrefill],
+    decodes: Sequence[ScriptedDecode],
+    parsers: Parsers | None = None,
+    **settings: Any,
 ) -> AsyncIterator[House]:
     config = GatewayConfig(**{"stall_timeout_s": 5.0, "worker_wait_s": 5.0, **settings})
     async with contextlib.AsyncExitStack() as stack:
@@ -110,10 +116,12 @@ async def house(
         stack.push_async_callback(backend.close)
         backend.pool.update(addresses[: len(prefills)], addresses[len(prefills) :])
         await eventually(lambda: sum(worker.healthy for worker in backend.pool.workers) == len(addresses))
-        service = GatewayService(backend, tokens, "scripted")
+        desk = Desk.make(backend, tokens, "tiny", parsers)
         server = RpcServer("127.0.0.1", 0)
-        server.add("branchline.v1.GatewayService", service, gateway_pb2_grpc.add_GatewayServiceServicer_to_server)
+        server.add(
+            "branchline.v1.GatewayService", GatewayService(desk), gateway_pb2_grpc.add_GatewayServiceServicer_to_server
+        )
         channel = await stack.enter_async_context(open_channel(await server.start()))
         stack.push_async_callback(server.stop, 0)
         stub = gateway_pb2_grpc.GatewayServiceStub(channel)
-        yield House(prefills, decodes, backend, service, tokens, stub, [s for s, _ in started], addresses)
+        yield House(prefills, decodes, backend, desk, tokens, stub, [s for s, _ in started], addresses)

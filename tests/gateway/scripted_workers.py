@@ -60,10 +60,12 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServiceServicer):
     computing: bool = False  # for others
     prefilled: int = 0
     finish_first: int = types_pb2.FINISH_REASON_UNSPECIFIED
+    script: tuple[int, ...] = ()  # what every sample emits, in place of `token_at`
     finish_samples: tuple[int, ...] = ()  # those that end with their first token
     forget_logprobs: bool = False
     cached: int = 0
     incarnation: str = "p1"
+    max_model_len: int = 256
     requests: list[types_pb2.Request] = field(default_factory=list)
     samples: list[int] = field(default_factory=list)  # asked for with each request
     places: list[tuple[int, int]] = field(default_factory=list)  # priority and queued_ms that came with it
@@ -100,7 +102,7 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServiceServicer):
             incarnation=self.incarnation,
             fingerprint=convert.fingerprint_to_proto(self.fingerprint),
             model="scripted",
-            max_model_len=256,
+            max_model_len=self.max_model_len,
             blocks_total=10,
             queued=self.running,
             prefilled_tokens=self.prefilled,
@@ -110,7 +112,7 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServiceServicer):
         prompt, index = tuple(request.prompt), len(request.emitted)
         number = request.sampling.sample_index + sample
         first = prefill_pb2.FirstToken(
-            token_id=token_at(prompt, index, number),
+            token_id=self.script[index] if self.script else token_at(prompt, index, number),
             finish_reason=self.finish_first,
             sample=sample,
             cached_tokens=self.cached + len(request.emitted),
@@ -177,9 +179,11 @@ class ScriptedDecode(decode_pb2_grpc.DecodeServiceServicer):
     preempt_hand_offs: int = 0
     preempt_streams: int = 0  # as soon as they are opened
     finish_samples: tuple[int, ...] = ()  # those that end with their first token
+    script: tuple[int, ...] = ()  # what every sample emits, in place of `token_at`; then it stops
     repeat: int = 0  # how many tokens each message repeats of those before
     skip_at: int = -1  # the output index that is left out, in the first stream
     incarnation: str = "d1"
+    max_model_len: int = 256
     leases: dict[str, Lease] = field(default_factory=dict)
     reservations: list[decode_pb2.ReserveRequest] = field(default_factory=list)
     requests: list[types_pb2.Request] = field(default_factory=list)
@@ -285,7 +289,7 @@ class ScriptedDecode(decode_pb2_grpc.DecodeServiceServicer):
             incarnation=self.incarnation,
             fingerprint=convert.fingerprint_to_proto(self.fingerprint),
             model="scripted",
-            max_model_len=256,
+            max_model_len=self.max_model_len,
             blocks_total=20,
             blocks_used=2 * len(self.leases),
             leases=len(self.leases),
@@ -313,6 +317,8 @@ class ScriptedDecode(decode_pb2_grpc.DecodeServiceServicer):
         preempts = hit and self.preempting > 0
         self.preempting -= preempts
         end = start + 1 if sample in self.finish_samples else request.max_tokens
+        if self.script:
+            end = min(end, len(self.script))
         for index in range(start, end):
             if preempts and index - start >= self.after:
                 yield decode_pb2.AttachResponse(preempted=decode_pb2.Preempted())
@@ -328,7 +334,8 @@ class ScriptedDecode(decode_pb2_grpc.DecodeServiceServicer):
             steps = index - start  # the first token is prefill's
             tokens = decode_pb2.Tokens(
                 index=first,
-                token_ids=[token_at(prompt, i, sample) for i in range(first, index + 1)],
+                token_ids=self.script[first : index + 1]
+                or [token_at(prompt, i, sample) for i in range(first, index + 1)],
                 speculation=types_pb2.Speculation(target_forwards=steps, drafted=2 * steps),
             )
             if request.HasField("logprobs"):

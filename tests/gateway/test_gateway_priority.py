@@ -152,7 +152,7 @@ async def test_higher_priorities_first_then_age(tokens: Tokens) -> None:
 async def test_only_the_first_asks(tokens: Tokens) -> None:
     async with house(tokens, [ScriptedPrefill()], [ScriptedDecode(capacity=0)], request_timeout_s=1.5) as h:
         calls = [h.call(4, timeout=None) for _ in range(20)]
-        await eventually(lambda: h.service.active_requests == 20)
+        await eventually(lambda: h.desk.door.active_requests == 20)
         await asyncio.sleep(0.5)
         assert 1 <= len(h.decodes[0].reservations) <= 25  # each once at most, and the first a few times
         assert len(h.decodes[0].waiting) == 1

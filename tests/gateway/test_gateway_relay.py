@@ -403,7 +403,7 @@ async def test_no_worker_of_a_role(tokens: Tokens) -> None:
 async def test_too_many_requests(tokens: Tokens) -> None:
     async with house(tokens, [ScriptedPrefill(hang=True)], [ScriptedDecode()], max_requests=2) as h:
         calls = [h.call(), h.call()]
-        await eventually(lambda: h.service.active_requests == 2)
+        await eventually(lambda: h.desk.door.active_requests == 2)
         assert (await refused(h.call())).code() is Code.RESOURCE_EXHAUSTED
         for call in calls:
             call.cancel()

@@ -47,7 +47,7 @@ BAD = {
     "huge id": ({"token_ids": ids(2**32 - 1)}, r"token_ids\[0\]: 4294967295"),
     "long prompt": ({"prompt": "x" * 64}, "prompt: the prompt has 64 tokens; the context limit of 64"),
     "very long prompt": ({"prompt": "x" * 100_000}, "prompt: too long: 100000 characters"),
-    "very long chat": ({"chat": chat(("user", "x" * 100_000))}, "chat: too long: 100000 characters"),
+    "very long chat": ({"chat": chat(("user", "x" * 100_000))}, "chat: too long: 100004 characters"),
     "many messages": ({"chat": chat(*[("user", "")] * 65)}, "chat.messages: 65 are too many"),
     "many ids": ({"token_ids": ids(*[1] * 64)}, "token_ids: the prompt has 64 tokens"),
     "no tokens wanted": ({"prompt": "a", "max_tokens": 0}, "max_tokens: must be at least 1, got 0"),

@@ -176,9 +176,9 @@ class TestDefaultModelsTokenizer:
         assert 2 in real._special_ids
 
     async def test_chat(self, real: Tokens) -> None:
-        from gateway.tokens import Message
+        from gateway.conversation import Conversation
 
-        ids = await real.encode_chat([Message("user", "Hello")])
+        ids = await real.encode_chat(Conversation(({"role": "user", "content": "Hello"},)))
         text = real._tokenizer.decode(ids)
         assert text.startswith("<|im_start|>system")
         assert text.endswith("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n")

@@ -1,0 +1,104 @@
+"""The routes of OpenAI's API, and what answers where there is none."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from openai.types import Model
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from branchline.core import InvalidRequestError
+from branchline.wire.status import RpcFailure
+from gateway.desk import Desk
+from gateway.door import Call
+from gateway.http.chat import ChatEndpoint
+from gateway.http.completions import CompletionEndpoint
+from gateway.http.errors import HttpError, from_failure, phrase
+from gateway.http.exchange import PostJson
+from gateway.http.options import check_model
+from gateway.http.schemas import ChatRequest, CompletionRequest
+from gateway.info import version
+
+OWNER = "branchline"
+
+
+def application(desk: Desk) -> Starlette:
+    """Belongs to the desk's event loop."""
+    pages = _Pages(desk)
+    return Starlette(
+        routes=[
+            Route("/v1/completions", PostJson(CompletionRequest, CompletionEndpoint(desk).handle), methods=["POST"]),
+            Route("/v1/chat/completions", PostJson(ChatRequest, ChatEndpoint(desk).handle), methods=["POST"]),
+            Route("/v1/models", pages.models),
+            Route("/v1/models/{name:path}", pages.model),
+            Route("/health", pages.health),
+            Route("/version", pages.version),
+        ],
+        exception_handlers={
+            HTTPException: _no_such_page,
+            HttpError: _refused,
+            RpcFailure: _refused,
+            InvalidRequestError: _refused,
+        },
+    )
+
+
+class _Pages:
+    """Answers that take no work."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self._created = int(time.time())
+
+    async def models(self, request: Request) -> Response:
+        self._greet(request)
+        model = self._model(self._desk.info.models[0])
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def model(self, request: Request) -> Response:
+        self._greet(request)
+        return JSONResponse(self._model(check_model(request.path_params["name"], self._desk.info)))
+
+    async def health(self, _request: Request) -> Response:
+        """Open to everybody: load balancers have no key."""
+        if not self._desk.info.can_serve:
+            raise HttpError(
+                503, "there is no prefill and decode worker that fit together", headers={"retry-after": "1"}
+            )
+        return JSONResponse({"status": "ok"})
+
+    async def version(self, request: Request) -> Response:
+        self._greet(request)
+        return JSONResponse({"version": version()})
+
+    def _greet(self, request: Request) -> None:
+        self._desk.door.greet(Call("http", request.url.path, dict(request.headers)))
+
+    def _model(self, name: str) -> dict[str, Any]:
+        model = Model(id=name, object="model", created=self._created, owned_by=OWNER)
+        # As vLLM has it: clients that fit their prompts to a model look here.
+        return {**model.model_dump(exclude_unset=True), "max_model_len": self._desk.info.max_model_len}
+
+
+async def _no_such_page(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    headers = dict(error.headers or {})
+    what = f"{request.method} {request.url.path}"
+    message = f"There is no {what}." if error.status_code in (404, 405) else phrase(error.status_code)
+    return _response(HttpError(error.status_code, message, code="unknown_url", headers=headers))
+
+
+async def _refused(_request: Request, error: Exception) -> Response:
+    if isinstance(error, RpcFailure | InvalidRequestError):
+        error = from_failure(error)
+    assert isinstance(error, HttpError)
+    return _response(error)
+
+
+def _response(error: HttpError) -> Response:
+    return JSONResponse(error.body, error.status, dict(error.headers))

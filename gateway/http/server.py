@@ -1,0 +1,94 @@
+"""The HTTP server's life: bind, serve beside the gRPC server on its event loop, stop within a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from branchline.wire.server import BindError, PortInUseError
+
+#: Seconds that answers which have been told to end may take for it.
+_GRACE_S = 3.0
+_START_S = 10.0
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are the process's: it tells this server to stop."""
+        yield
+
+
+class HttpServer:
+    """Use it from one event loop; `start` once."""
+
+    def __init__(self, app: ASGIApp, host: str, port: int) -> None:
+        self._app = app
+        self._host = host
+        self._port = port
+        self._server: _Server | None = None
+        self._serving: asyncio.Task[None] | None = None
+
+    async def start(self) -> str:
+        """Binds, serves, and returns HOST:PORT with the real port. Raises PortInUseError or BindError."""
+        assert self._serving is None, "a server can be started once"
+        listener = _bind(self._host, self._port)
+        self._server = _Server(
+            uvicorn.Config(
+                self._app,
+                http="h11",
+                ws="none",
+                lifespan="off",
+                log_config=None,  # logging is the process's
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_graceful_shutdown=int(_GRACE_S),
+            )
+        )
+        self._serving = asyncio.create_task(self._server.serve([listener]), name="http server")
+        async with asyncio.timeout(_START_S):
+            while not self._server.started and not self._serving.done():
+                await asyncio.sleep(0.01)
+        if self._serving.done():
+            self._serving.result()
+        port = listener.getsockname()[1]
+        return f"[{self._host}]:{port}" if ":" in self._host else f"{self._host}:{port}"
+
+    @property
+    def connections(self) -> int:
+        """Open ones."""
+        return len(self._server.server_state.connections) if self._server else 0
+
+    async def stop(self) -> None:
+        """Takes no more connections, gives answers that are being written a moment, cancels them. Idempotent."""
+        if self._server is None or self._serving is None:
+            return
+        self._server.should_exit = True
+        await self._serving
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket that listens on the first address that `host` stands for."""
+    where = f"{host}:{port}"
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise BindError(f"cannot listen on {where}: {error.strerror}") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise PortInUseError(f"port {port} on {host} is in use by another process") from error
+        raise BindError(f"cannot listen on {where}: {error.strerror}") from error
+    return listener
