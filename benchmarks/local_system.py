@@ -41,6 +41,8 @@ class Process:
                 stderr=log,
                 text=True,
             )
+        #: The address of a gateway's HTTP API, once it is ready, if it serves one.
+        self.http = ""
         self._lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -55,7 +57,8 @@ class Process:
             if not line:
                 raise ProcessFailedError(f"{self.name}: ended with {self.popen.wait(10)}\n{self.tail()}")
             if line.startswith(READY):
-                return line.removeprefix(READY).strip()
+                address, _, self.http = line.removeprefix(READY).strip().partition(" http=")
+                return address
 
     def stop(self, timeout_s: float = 40.0) -> int:
         """SIGTERM, then SIGKILL after the timeout; returns the exit code."""

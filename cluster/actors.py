@@ -63,7 +63,8 @@ class RoleActor:
         status = self._role.status(since)
         if status.state is not State.READY:
             return status
-        return replace(status, address=reachable(status.address, ray.util.get_node_ip_address()))
+        node_ip = ray.util.get_node_ip_address()
+        return replace(status, address=reachable(status.address, node_ip), http=reachable(status.http, node_ip))
 
     def info(self) -> ActorInfo:
         return ActorInfo(

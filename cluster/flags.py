@@ -21,6 +21,10 @@ _FIELDS = {
     "gateways": "gateway.replicas",
     "host": "gateway.host",
     "grpc_port": "gateway.grpc_port",
+    "http_port": "gateway.http_port",
+    "served_model_name": "gateway.served_model_name",
+    "tool_parser": "gateway.tool_parser",
+    "reasoning_parser": "gateway.reasoning_parser",
     "ray_address": "ray.address",
 }
 
@@ -61,6 +65,12 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     add("--gateways", type=int, metavar="N", help="number of gateways")
     add("--host", metavar="H", help="where gateways listen; 0.0.0.0 for all interfaces")
     add("--grpc-port", type=int, metavar="P", help="the first gateway's port, 0 for a free one; the next count up")
+    add(
+        "--http-port", type=int, metavar="P", help="also serve OpenAI's HTTP API there; 0 for a free port (default: no)"
+    )
+    add("--served-model-name", metavar="NAME", help="the model's name over HTTP")
+    add("--tool-parser", metavar="NAME", help="vLLM's parser that finds tool calls in a chat's text, such as hermes")
+    add("--reasoning-parser", metavar="NAME", help="vLLM's parser that tells reasoning from content, such as qwen3")
     add(
         "--ray-address",
         metavar="A",

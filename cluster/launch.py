@@ -1,9 +1,9 @@
 """Runs a system until SIGINT or SIGTERM: `python -m cluster.launch --config FILE [flags]`.
 
 Starts a local Ray or joins a running one; in a Ray job it joins the job's. Standard output carries one line
-`ready grpc=HOST:PORT` when the first request can be answered (and `gateway grpc=HOST:PORT` for each further gateway);
-progress goes to standard error. Exit code 0 after a clean stop, 2 for a mistake in configuration, model or port,
-1 for anything else.
+`ready grpc=HOST:PORT` when the first request can be answered (and `gateway grpc=HOST:PORT` for each further gateway),
+with ` http=HOST:PORT` behind it where OpenAI's HTTP API is served, too; progress goes to standard error. Exit code 0
+after a clean stop, 2 for a mistake in configuration, model or port, 1 for anything else.
 """
 
 from __future__ import annotations
@@ -85,10 +85,10 @@ def fail(message: str, code: int) -> int:
 
 
 def _serve_until_stopped(system: System, stopping: Stopping, out: TextIO) -> int:
-    first, *others = system.gateways
-    print(f"ready grpc={first}", file=out, flush=True)
-    for address in others:
-        print(f"gateway grpc={address}", file=out, flush=True)
+    http = system.http or [""] * len(system.gateways)
+    words = ["ready", *["gateway"] * (len(system.gateways) - 1)]
+    for word, grpc, also in zip(words, system.gateways, http, strict=True):
+        print(f"{word} grpc={grpc}" + (f" http={also}" if also else ""), file=out, flush=True)
     system.watch(stopping)
     return EXIT_OK
 

@@ -69,6 +69,8 @@ def plan(config: Config, cores: Sequence[int] = (), serve_paths: Mapping[str, st
             threads = config.engine.threads_for(role, usable, shared=bool(cores) and not pinned)
             port = base_port + index if base_port else 0
             own = config.override(**{PORT_FIELDS[role]: port, "engine.threads": threads})
+            if role == "gateway" and part.http_port > 0:
+                own = own.override(**{"gateway.http_port": part.http_port + index})
             gpus = 0.0 if role == "gateway" else part.num_gpus
             seats.append(Seat(role, index, serve_paths[role], own, part.num_cpus, gpus, pinned))
     return seats

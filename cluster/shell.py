@@ -39,6 +39,8 @@ class Status:
     state: State
     #: HOST:PORT once ready, else empty.
     address: str = ""
+    #: The same of a gateway's HTTP API, if it serves one.
+    http: str = ""
     #: What went wrong, one line, when failed.
     error: str = ""
     #: The user can mend it (configuration, model, port): the launcher exits with 2 rather than 1.
@@ -65,7 +67,7 @@ class RoleThread:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
         self._stopping = False
-        self._address = ""
+        self._address = self._http = ""
         self._lines: list[str] = []
 
     def start(self, config: Config, cores: Sequence[int] = (), **hooks: Callable[..., None]) -> None:
@@ -84,6 +86,7 @@ class RoleThread:
     def status(self, since: int = 0) -> Status:
         with self._lock:
             running, address, lines, total = self._running, self._address, self._lines[since:], len(self._lines)
+            http = self._http
         state, error = State.IDLE, None
         if running is not None and running.done():
             error = running.exception()
@@ -93,6 +96,7 @@ class RoleThread:
         return Status(
             state=state,
             address=address if state is State.READY else "",
+            http=http if state is State.READY else "",
             error=_one_line(error) if error else "",
             user_error=error is not None and is_user_error(error),
             lines=tuple(lines),
@@ -128,9 +132,9 @@ class RoleThread:
                 return
         await serve(config, ready=self._ready, stop=stop, progress=self._progress, **hooks)
 
-    def _ready(self, address: str) -> None:
+    def _ready(self, address: str, http: str = "") -> None:
         with self._lock:
-            self._address = address
+            self._address, self._http = address, http
 
     def _progress(self, line: str) -> None:
         with self._lock:

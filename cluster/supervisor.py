@@ -54,6 +54,8 @@ class Member:
     actor: Any
     state: State | None = None
     address: str = ""
+    #: Of a gateway's HTTP API.
+    http: str = ""
     #: The request for a status that is under way.
     pending: Any = None
     next_line: int = 0
@@ -85,6 +87,11 @@ class Supervisor:
         self._await_ready(deadline, stopping)
         self._check_hosts()
         return [gateway.address for gateway in self._of("gateway")]
+
+    @property
+    def http(self) -> list[str]:
+        """The addresses of the gateways' HTTP APIs, in the gateways' order; none where none is served."""
+        return [gateway.http for gateway in self._of("gateway") if gateway.http]
 
     def watch(self, stopping: Stopping) -> None:
         """Keeps the system going until told to stop."""
@@ -174,8 +181,9 @@ class Supervisor:
             self._lost(member)
         before, member.state = member.state, status.state
         if status.state is State.READY and before is not State.READY:
-            member.address, member.failures = status.address, 0
-            self._tell(f"{member.seat.name}: ready at {status.address}")
+            member.address, member.http, member.failures = status.address, status.http, 0
+            http = f", http://{status.http}" if status.http else ""
+            self._tell(f"{member.seat.name}: ready at {status.address}{http}")
         elif status.state is State.FAILED and before is not State.FAILED:
             self._failed(member, status)
         elif status.state is State.IDLE and time.monotonic() >= member.not_before:
@@ -185,9 +193,9 @@ class Supervisor:
         self._tell(f"{member.seat.name}: importing")
         config = member.seat.config
         if member.seat.role == "gateway":
-            # Clients know a gateway by its address: one that comes back takes the port that it had.
-            port = int(member.address.rpartition(":")[2]) if member.address else None
-            config = config.override(**{"gateway.grpc_port": port})
+            # Clients know a gateway by its addresses: one that comes back takes the ports that it had.
+            for field, address in (("gateway.grpc_port", member.address), ("gateway.http_port", member.http)):
+                config = config.override(**{field: int(address.rpartition(":")[2]) if address else None})
         member.actor.start.remote(config, member.seat.cores)
         if member.seat.role == "gateway":
             member.actor.update_workers.remote(*self._announced)

@@ -36,6 +36,8 @@ class System:
     #: The gateways' HOST:PORT.
     gateways: tuple[str, ...]
     supervisor: Supervisor
+    #: The same of their HTTP APIs; empty without.
+    http: tuple[str, ...] = ()
 
     def watch(self, stopping: Stopping) -> None:
         """Keeps it going until told to stop."""
@@ -85,7 +87,7 @@ def _supervised(
         gateways = supervisor.start(config.ray.start_timeout_s, stopping)
         for gateway in gateways:
             _await_answer(gateway, deadline, supervisor, stopping)
-        yield System(tuple(gateways), supervisor)
+        yield System(tuple(gateways), supervisor, tuple(supervisor.http))
     finally:
         report("stopping")
         supervisor.close(grace_s)

@@ -24,6 +24,8 @@ class Chats:
 
     def ask(self, request: gateway_pb2.ChatRequest) -> Ask:
         """Raises InvalidRequestError, naming the field, or RpcFailure before any worker is known."""
+        if (field := request.options.WhichOneof("input")) is not None:
+            raise InvalidRequestError(f"options.{field}: the messages are the input")
         tokens = self._generator.tokens
         chat = conversation(request, self._generator.limits, tokens.longest_token)
         if chat.tools and not tokens.knows_tools:

@@ -18,8 +18,7 @@ async def prompt_ids(
     field = request.WhichOneof("input")
     match field:
         case _ if chat is not None:
-            if field is not None:
-                raise InvalidRequestError(f"options.{field}: the messages are the input")
+            assert field is None
             field, ids = "chat", await tokens.encode_chat(chat)
         case "prompt":
             ids = await text_ids(request.prompt, tokens, limits)

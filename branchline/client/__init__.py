@@ -8,6 +8,7 @@ with Client("127.0.0.1:50051") as client:
 """
 
 from branchline.client.aio import AsyncClient, AsyncStream
+from branchline.client.chat import Answer, ChatChunk, ChatCompletion, ChatOptions, ToolCall
 from branchline.client.errors import (
     BranchlineError,
     CancelledError,
@@ -19,29 +20,47 @@ from branchline.client.errors import (
     UnsupportedError,
 )
 from branchline.client.options import GenerateOptions
-from branchline.client.results import Chunk, Completion, Sample, ServerInfo, Usage, Worker
+from branchline.client.results import (
+    Chunk,
+    Completion,
+    GatewayStatus,
+    Model,
+    RunningRequest,
+    Sample,
+    ServerInfo,
+    Usage,
+    Worker,
+)
 from branchline.client.sync import Client, Stream
 from branchline.core import FinishReason, SpeculationStats, TokenLogprobs
 
 __all__ = [
+    "Answer",
     "AsyncClient",
     "AsyncStream",
     "BranchlineError",
     "CancelledError",
+    "ChatChunk",
+    "ChatCompletion",
+    "ChatOptions",
     "Chunk",
     "Client",
     "Completion",
     "DeadlineExceededError",
     "FinishReason",
+    "GatewayStatus",
     "GenerateOptions",
     "InvalidRequestError",
+    "Model",
     "OverloadedError",
+    "RunningRequest",
     "Sample",
     "ServerError",
     "ServerInfo",
     "SpeculationStats",
     "Stream",
     "TokenLogprobs",
+    "ToolCall",
     "UnavailableError",
     "UnsupportedError",
     "Usage",

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Generic, Self, Unpack
 
 import grpc
 
 from branchline.client import transport
-from branchline.client.collect import Collector
+from branchline.client.chat import ChatChunk, ChatCollector, ChatCompletion, ChatOptions, chat_request
+from branchline.client.collect import ChunkT, Collector, Collects, ResultT
 from branchline.client.errors import (
     BranchlineError,
     CancelledError,
@@ -20,7 +21,17 @@ from branchline.client.errors import (
     from_rpc_error,
 )
 from branchline.client.options import DEFAULT_TIMEOUT_S, GenerateOptions, deadline, generate_request
-from branchline.client.results import Chunk, Completion, ServerInfo, server_info
+from branchline.client.results import (
+    Chunk,
+    Completion,
+    GatewayStatus,
+    Model,
+    ServerInfo,
+    gateway_status,
+    models,
+    server_info,
+)
+from branchline.client.values import ids_value, text_value
 from branchline.v1 import gateway_pb2, gateway_pb2_grpc
 
 
@@ -62,10 +73,78 @@ class AsyncClient:
                 pass
             return stream.result
 
-    def generate(self, *, timeout: float | None = None, **options: Unpack[GenerateOptions]) -> AsyncStream:
+    def generate(
+        self, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> AsyncStream[Chunk, Completion]:
         """Generates and yields the parts as they come, for `timeout` seconds. Options: see GenerateOptions."""
         timeout_s = self._timeout_s if timeout is None else deadline(timeout)
-        return AsyncStream(self._stub(), generate_request(**options), timeout_s, self.target)
+        request = generate_request(**options)
+        call = self._stub().Generate(request, timeout=timeout_s)
+        return AsyncStream(call, Collector(max(1, request.n)), self.target)
+
+    async def complete_chat(self, *, timeout: float | None = None, **options: Unpack[ChatOptions]) -> ChatCompletion:
+        """Answers a chat and waits for the end, at most `timeout` seconds. Options: see ChatOptions."""
+        async with self.chat(timeout=timeout, **options) as stream:
+            async for _ in stream:
+                pass
+            return stream.result
+
+    def chat(
+        self, *, timeout: float | None = None, **options: Unpack[ChatOptions]
+    ) -> AsyncStream[ChatChunk, ChatCompletion]:
+        """Answers a chat and yields the parts as they come: content, reasoning, calls. Options: see ChatOptions."""
+        timeout_s = self._timeout_s if timeout is None else deadline(timeout)
+        request = chat_request(**options)
+        collector = ChatCollector(max(1, request.options.n))
+        return AsyncStream(self._stub().Chat(request, timeout=timeout_s), collector, self.target)
+
+    async def tokenize(
+        self,
+        *,
+        prompt: str | None = None,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        timeout: float = transport.CALL_TIMEOUT_S,
+    ) -> tuple[int, ...]:
+        """The token ids of a prompt, or of a chat with the model's template applied."""
+        request = transport.tokenize_request(prompt, messages, tools)
+        stub = self._stub()
+        with _mapped_errors(self.target):
+            return tuple((await stub.Tokenize(request, timeout=deadline(timeout))).token_ids)
+
+    async def detokenize(
+        self, token_ids: Sequence[int], *, special_tokens: bool = False, timeout: float = transport.CALL_TIMEOUT_S
+    ) -> str:
+        """The text of token ids; with `special_tokens` shown by their names."""
+        ids = ids_value("token_ids", token_ids)
+        request = gateway_pb2.DetokenizeRequest(token_ids=ids, special_tokens=special_tokens)
+        stub = self._stub()
+        with _mapped_errors(self.target):
+            text: str = (await stub.Detokenize(request, timeout=deadline(timeout))).text
+            return text
+
+    async def models(self, *, timeout: float = transport.CALL_TIMEOUT_S) -> tuple[Model, ...]:
+        """The models that are served."""
+        stub = self._stub()
+        with _mapped_errors(self.target):
+            return models(await stub.ListModels(gateway_pb2.ListModelsRequest(), timeout=deadline(timeout)))
+
+    async def status(self, *, timeout: float = transport.CALL_TIMEOUT_S) -> GatewayStatus:
+        """The requests that the gateway is serving now, by whichever interface they came."""
+        stub = self._stub()
+        with _mapped_errors(self.target):
+            return gateway_status(await stub.GetStatus(gateway_pb2.GetStatusRequest(), timeout=deadline(timeout)))
+
+    async def abort(self, request_id: str, *, reason: str = "", timeout: float = transport.CALL_TIMEOUT_S) -> None:
+        """Ends a request that the gateway is serving; its client gets CancelledError. Raises InvalidRequestError when
+        there is no such request, or no more.
+        """
+        request = gateway_pb2.GatewayServiceAbortRequest(
+            request_id=text_value("request_id", request_id), reason=text_value("reason", reason)
+        )
+        stub = self._stub()
+        with _mapped_errors(self.target):
+            await stub.Abort(request, timeout=deadline(timeout))
 
     async def info(self, *, timeout: float = 10.0) -> ServerInfo:
         """What is being served, and the load now."""
@@ -100,22 +179,23 @@ class AsyncClient:
         return self._channel
 
 
-class AsyncStream:
+class AsyncStream(Generic[ChunkT, ResultT]):
     """A running generation: an asynchronous iterator of chunks which knows the whole result after its end.
 
     It is cancelled, and everything it holds on the workers is freed, by `close()`, by leaving its `async with`
     block, by cancelling the task that waits for it, or when the last reference to it goes.
     """
 
-    def __init__(self, stub: Any, request: gateway_pb2.GenerateRequest, timeout_s: float, target: str) -> None:
+    def __init__(self, call: Any, collector: Collects[ChunkT, ResultT], target: str) -> None:
+        """`call`: gRPC's, which has been made."""
         self._target = target
-        self._collector = Collector(max(1, request.n))
-        self._call = stub.Generate(request, timeout=timeout_s)
+        self._collector = collector
+        self._call = call
 
-    def __aiter__(self) -> AsyncIterator[Chunk]:
+    def __aiter__(self) -> AsyncIterator[ChunkT]:
         return self
 
-    async def __anext__(self) -> Chunk:
+    async def __anext__(self) -> ChunkT:
         while True:
             with _mapped_errors(self._target):
                 response = await self._call.read()
@@ -127,11 +207,17 @@ class AsyncStream:
                 return chunk
 
     @property
-    def result(self) -> Completion:
+    def result(self) -> ResultT:
         """All of it together. Raises RuntimeError before the stream has ended."""
-        if self._collector.result is None:
+        result = self._collector.result
+        if result is None:
             raise RuntimeError("the stream has not come to its end")
-        return self._collector.result
+        return result
+
+    async def request_id(self) -> str:
+        """What `abort` and `status` call it. Waits until the gateway has read the request."""
+        with _mapped_errors(self._target):
+            return transport.request_id(await self._call.initial_metadata())
 
     async def close(self) -> None:
         """Cancels the generation unless it has ended. Idempotent."""

@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import time
+from typing import Any, Protocol, TypeVar
 
 from branchline.client.errors import ServerError
 from branchline.client.results import Chunk, Completion, Sample, Usage
 from branchline.core import FinishReason, SpeculationStats, TokenLogprobs
 from branchline.v1 import gateway_pb2, types_pb2
+
+ChunkT = TypeVar("ChunkT", covariant=True)
+ResultT = TypeVar("ResultT", covariant=True)
+
+
+class Collects(Protocol[ChunkT, ResultT]):
+    """What a stream needs of whoever adds up its responses."""
+
+    def add(self, response: Any, /) -> ChunkT | None: ...
+
+    @property
+    def result(self) -> ResultT | None: ...
+
+    def finish(self) -> None: ...
+
 
 _FINISH_REASONS = {
     types_pb2.FINISH_REASON_STOP: FinishReason.STOP,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Unpack
 
 from branchline.client.errors import InvalidRequestError
 from branchline.client.values import (
@@ -26,13 +26,9 @@ from branchline.v1 import gateway_pb2
 DEFAULT_TIMEOUT_S = 600.0
 
 
-class GenerateOptions(TypedDict, total=False):
-    """Keyword arguments of `generate` and `complete`. Exactly one of the first three is needed."""
+class SamplingOptions(TypedDict, total=False):
+    """Keyword arguments of all calls that generate."""
 
-    prompt: str
-    #: A chat: [{"role": "user", "content": "…"}, …]; the model's chat template is applied.
-    messages: Sequence[Mapping[str, str]]
-    token_ids: Sequence[int]
     #: At least 1. Default: what the context leaves, up to the gateway's limit.
     max_tokens: int | None
     #: 0, the default, is greedy.
@@ -72,11 +68,41 @@ class GenerateOptions(TypedDict, total=False):
     priority: int | None
 
 
+class GenerateOptions(SamplingOptions, total=False):
+    """Keyword arguments of `generate` and `complete`. Exactly one of these three is needed."""
+
+    prompt: str
+    #: A chat: [{"role": "user", "content": "…"}, …]; the model's chat template is applied.
+    messages: Sequence[Mapping[str, str]]
+    token_ids: Sequence[int]
+
+
 def generate_request(
     *,
     prompt: str | None = None,
     messages: Sequence[Mapping[str, str]] | None = None,
     token_ids: Sequence[int] | None = None,
+    **options: Unpack[SamplingOptions],
+) -> gateway_pb2.GenerateRequest:
+    """Raises InvalidRequestError, naming the option, for a value that the message cannot carry."""
+    inputs = (("prompt", prompt), ("messages", messages), ("token_ids", token_ids))
+    given = [name for name, value in inputs if value is not None]
+    if len(given) != 1:
+        raise InvalidRequestError(
+            f"exactly one of prompt, messages and token_ids is needed, got {' and '.join(given) or 'none'}"
+        )
+    request = sampling_request(**options)
+    if prompt is not None:
+        request.prompt = text_value("prompt", prompt)
+    elif messages is not None:
+        request.chat.CopyFrom(chat_value(messages))
+    elif token_ids is not None:
+        request.token_ids.CopyFrom(gateway_pb2.TokenIds(ids=ids_value("token_ids", token_ids)))
+    return request
+
+
+def sampling_request(
+    *,
     max_tokens: int | None = None,
     temperature: float | None = None,
     top_p: float | None = None,
@@ -97,22 +123,10 @@ def generate_request(
     draft_nodes: int | None = None,
     priority: int | None = None,
 ) -> gateway_pb2.GenerateRequest:
-    """Raises InvalidRequestError, naming the option, for a value that the message cannot carry."""
-    given = [
-        name
-        for name, value in (("prompt", prompt), ("messages", messages), ("token_ids", token_ids))
-        if value is not None
-    ]
-    if len(given) != 1:
-        raise InvalidRequestError(
-            f"exactly one of prompt, messages and token_ids is needed, got {' and '.join(given) or 'none'}"
-        )
+    """Without an input. Raises InvalidRequestError, naming the option, for a value that the message cannot carry."""
     if not isinstance(ignore_eos, bool):
         raise InvalidRequestError(f"ignore_eos: must be True or False, got {ignore_eos!r}")
     return gateway_pb2.GenerateRequest(  # None leaves a field unset
-        prompt=None if prompt is None else text_value("prompt", prompt),
-        chat=None if messages is None else chat_value(messages),
-        token_ids=None if token_ids is None else gateway_pb2.TokenIds(ids=ids_value("token_ids", token_ids)),
         max_tokens=_count("max_tokens", max_tokens),
         temperature=_real("temperature", temperature),
         top_p=_real("top_p", top_p),

@@ -121,6 +121,60 @@ class ServerInfo:
     active_requests: int
 
 
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model that is served. `id` is its name over HTTP, `aliases` are others that mean it, too."""
+
+    id: str
+    max_model_len: int
+    aliases: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunningRequest:
+    """A request that the gateway is serving."""
+
+    request_id: str
+    #: How it came: "grpc" or "http".
+    interface: str
+    #: Seconds since it came.
+    age_s: float
+    prompt_tokens: int
+    #: Of all samples together, so far.
+    completion_tokens: int
+    samples: int
+    priority: int
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayStatus:
+    """What the gateway is serving now, the oldest first."""
+
+    requests: tuple[RunningRequest, ...]
+    #: Requests that it serves at once at most.
+    max_requests: int
+
+
+def models(message: gateway_pb2.ListModelsResponse) -> tuple[Model, ...]:
+    return tuple(Model(model.id, model.max_model_len, tuple(model.aliases)) for model in message.models)
+
+
+def gateway_status(message: gateway_pb2.GetStatusResponse) -> GatewayStatus:
+    requests = tuple(
+        RunningRequest(
+            request_id=request.request_id,
+            interface=request.interface,
+            age_s=request.age_s,
+            prompt_tokens=request.prompt_tokens,
+            completion_tokens=request.completion_tokens,
+            samples=request.samples,
+            priority=request.priority,
+        )
+        for request in message.requests
+    )
+    return GatewayStatus(requests, message.max_requests)
+
+
 def server_info(message: gateway_pb2.GetInfoResponse) -> ServerInfo:
     workers = tuple(
         Worker(

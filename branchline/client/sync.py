@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Generic, Self, Unpack
 
 import grpc
 
 from branchline.client import transport
-from branchline.client.collect import Collector
+from branchline.client.chat import ChatChunk, ChatCollector, ChatCompletion, ChatOptions, chat_request
+from branchline.client.collect import ChunkT, Collector, Collects, ResultT
 from branchline.client.errors import BranchlineError, DeadlineExceededError, UnavailableError, from_rpc_error
 from branchline.client.options import DEFAULT_TIMEOUT_S, GenerateOptions, deadline, generate_request
-from branchline.client.results import Chunk, Completion, ServerInfo, server_info
+from branchline.client.results import (
+    Chunk,
+    Completion,
+    GatewayStatus,
+    Model,
+    ServerInfo,
+    gateway_status,
+    models,
+    server_info,
+)
+from branchline.client.values import ids_value, text_value
 from branchline.v1 import gateway_pb2, gateway_pb2_grpc
 
 
@@ -56,12 +67,80 @@ class Client:
                 pass
             return stream.result
 
-    def generate(self, *, timeout: float | None = None, **options: Unpack[GenerateOptions]) -> Stream:
+    def generate(
+        self, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> Stream[Chunk, Completion]:
         """Generates and yields the parts as they come, for `timeout` seconds. Options: see GenerateOptions."""
         timeout_s = self._timeout_s if timeout is None else deadline(timeout)
         request = generate_request(**options)
         self._require_open()
-        return Stream(self._stub, request, timeout_s, self.target)
+        call = self._stub.Generate(request, timeout=timeout_s)
+        return Stream(call, Collector(max(1, request.n)), self.target)
+
+    def complete_chat(self, *, timeout: float | None = None, **options: Unpack[ChatOptions]) -> ChatCompletion:
+        """Answers a chat and waits for the end, at most `timeout` seconds. Options: see ChatOptions."""
+        with self.chat(timeout=timeout, **options) as stream:
+            for _ in stream:
+                pass
+            return stream.result
+
+    def chat(
+        self, *, timeout: float | None = None, **options: Unpack[ChatOptions]
+    ) -> Stream[ChatChunk, ChatCompletion]:
+        """Answers a chat and yields the parts as they come: content, reasoning, calls. Options: see ChatOptions."""
+        timeout_s = self._timeout_s if timeout is None else deadline(timeout)
+        request = chat_request(**options)
+        collector = ChatCollector(max(1, request.options.n))
+        self._require_open()
+        return Stream(self._stub.Chat(request, timeout=timeout_s), collector, self.target)
+
+    def tokenize(
+        self,
+        *,
+        prompt: str | None = None,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        timeout: float = transport.CALL_TIMEOUT_S,
+    ) -> tuple[int, ...]:
+        """The token ids of a prompt, or of a chat with the model's template applied."""
+        request = transport.tokenize_request(prompt, messages, tools)
+        self._require_open()
+        with _mapped_errors(self.target):
+            return tuple((self._stub.Tokenize(request, timeout=deadline(timeout))).token_ids)
+
+    def detokenize(
+        self, token_ids: Sequence[int], *, special_tokens: bool = False, timeout: float = transport.CALL_TIMEOUT_S
+    ) -> str:
+        """The text of token ids; with `special_tokens` shown by their names."""
+        ids = ids_value("token_ids", token_ids)
+        request = gateway_pb2.DetokenizeRequest(token_ids=ids, special_tokens=special_tokens)
+        self._require_open()
+        with _mapped_errors(self.target):
+            text: str = (self._stub.Detokenize(request, timeout=deadline(timeout))).text
+            return text
+
+    def models(self, *, timeout: float = transport.CALL_TIMEOUT_S) -> tuple[Model, ...]:
+        """The models that are served."""
+        self._require_open()
+        with _mapped_errors(self.target):
+            return models(self._stub.ListModels(gateway_pb2.ListModelsRequest(), timeout=deadline(timeout)))
+
+    def status(self, *, timeout: float = transport.CALL_TIMEOUT_S) -> GatewayStatus:
+        """The requests that the gateway is serving now, by whichever interface they came."""
+        self._require_open()
+        with _mapped_errors(self.target):
+            return gateway_status(self._stub.GetStatus(gateway_pb2.GetStatusRequest(), timeout=deadline(timeout)))
+
+    def abort(self, request_id: str, *, reason: str = "", timeout: float = transport.CALL_TIMEOUT_S) -> None:
+        """Ends a request that the gateway is serving; its client gets CancelledError. Raises InvalidRequestError when
+        there is no such request, or no more.
+        """
+        request = gateway_pb2.GatewayServiceAbortRequest(
+            request_id=text_value("request_id", request_id), reason=text_value("reason", reason)
+        )
+        self._require_open()
+        with _mapped_errors(self.target):
+            self._stub.Abort(request, timeout=deadline(timeout))
 
     def info(self, *, timeout: float = 10.0) -> ServerInfo:
         """What is being served, and the load now."""
@@ -90,22 +169,23 @@ class Client:
             raise BranchlineError("the client is closed", "CANCELLED")
 
 
-class Stream:
+class Stream(Generic[ChunkT, ResultT]):
     """A running generation: an iterator of chunks which knows the whole result after its end.
 
     It is cancelled, and everything it holds on the workers is freed, by `close()`, by leaving its `with` block, or
     when the last reference to it goes (so `for chunk in client.generate(…): break` is enough).
     """
 
-    def __init__(self, stub: Any, request: gateway_pb2.GenerateRequest, timeout_s: float, target: str) -> None:
+    def __init__(self, call: Any, collector: Collects[ChunkT, ResultT], target: str) -> None:
+        """`call`: gRPC's, which has been made."""
         self._target = target
-        self._collector = Collector(max(1, request.n))
-        self._call = stub.Generate(request, timeout=timeout_s)
+        self._collector = collector
+        self._call = call
 
-    def __iter__(self) -> Iterator[Chunk]:
+    def __iter__(self) -> Iterator[ChunkT]:
         return self
 
-    def __next__(self) -> Chunk:
+    def __next__(self) -> ChunkT:
         while True:
             with _mapped_errors(self._target):
                 response = next(self._call, None)
@@ -117,11 +197,17 @@ class Stream:
                 return chunk
 
     @property
-    def result(self) -> Completion:
+    def result(self) -> ResultT:
         """All of it together. Raises RuntimeError before the stream has ended."""
-        if self._collector.result is None:
+        result = self._collector.result
+        if result is None:
             raise RuntimeError("the stream has not come to its end")
-        return self._collector.result
+        return result
+
+    def request_id(self) -> str:
+        """What `abort` and `status` call it. Waits until the gateway has read the request."""
+        with _mapped_errors(self._target):
+            return transport.request_id(self._call.initial_metadata())
 
     def close(self) -> None:
         """Cancels the generation unless it has ended. Idempotent."""

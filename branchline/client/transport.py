@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+from branchline.client.chat import chat_request
 from branchline.client.errors import DeadlineExceededError, InvalidRequestError
+from branchline.client.values import text_value
+from branchline.v1 import gateway_pb2
 
 #: grpc.health.v1's messages by hand, which saves a dependency: an empty request asks for the server as a whole,
 #: and field 1 of the response is 1 for SERVING.
@@ -15,6 +20,8 @@ HEALTH_SERVING = b"\x08\x01"
 #: Seconds between two looks while waiting for readiness, and that one of them may take.
 POLL_S = 0.1
 HEALTH_TIMEOUT_S = 5.0
+#: Seconds that a call has which generates nothing.
+CALL_TIMEOUT_S = 10.0
 
 _LOOPBACK = ("127.", "localhost:", "[::1]:")
 _MAX_MESSAGE_BYTES = 8 * 1024 * 1024
@@ -42,6 +49,26 @@ def channel_options(target: str) -> list[tuple[str, int]]:
     if target.startswith(_LOOPBACK):  # this machine is never behind the proxy that the environment may name
         options.append(("grpc.enable_http_proxy", 0))
     return options
+
+
+#: Where a generating call's initial metadata names its request.
+REQUEST_ID_METADATA = "x-request-id"
+
+
+def request_id(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
+    """Of a call's initial metadata; empty when the server gives none."""
+    return next((str(value) for name, value in metadata or () if name == REQUEST_ID_METADATA), "")
+
+
+def tokenize_request(
+    prompt: str | None, messages: Sequence[Mapping[str, Any]] | None, tools: Sequence[Mapping[str, Any]]
+) -> gateway_pb2.TokenizeRequest:
+    """Raises InvalidRequestError."""
+    if (prompt is None) == (messages is None):
+        raise InvalidRequestError("exactly one of prompt and messages is needed")
+    if messages is not None:
+        return gateway_pb2.TokenizeRequest(chat=chat_request(messages=messages, tools=tools))
+    return gateway_pb2.TokenizeRequest(prompt=text_value("prompt", prompt))
 
 
 class ReadyWait:

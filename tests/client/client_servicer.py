@@ -32,6 +32,8 @@ class ScriptedGateway(gateway_pb2_grpc.GatewayServiceServicer):  # type: ignore[
 
     def __init__(self) -> None:
         self.requests: list[gateway_pb2.GenerateRequest] = []
+        self.chats: list[gateway_pb2.ChatRequest] = []
+        self.others: list[str] = []  # the names of the other RPCs that were called
         self.running = 0
         self.cancelled = threading.Semaphore(0)  # released once for every cancelled call
 
@@ -66,7 +68,77 @@ class ScriptedGateway(gateway_pb2_grpc.GatewayServiceServicer):  # type: ignore[
     async def GetInfo(  # noqa: N802
         self, _request: gateway_pb2.GetInfoRequest, _: grpc.aio.ServicerContext
     ) -> gateway_pb2.GetInfoResponse:
+        self.others.append("GetInfo")
         return INFO
+
+    async def Chat(  # noqa: N802
+        self, request: gateway_pb2.ChatRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[gateway_pb2.ChatResponse]:
+        """Thinks, echoes the last message and calls every tool twice over, piece by piece."""
+        self.chats.append(request)
+        await context.send_initial_metadata((("x-request-id", "abc"),))
+        text = request.messages[-1].content
+        for sample in range(request.options.n or 1):
+            for character in text:
+                part = gateway_pb2.GenerateResponse(sample=sample, text=character, token_ids=[ord(character)])
+                yield gateway_pb2.ChatResponse(part=part)
+            empty = gateway_pb2.GenerateResponse(sample=sample)
+            for piece in ("hm", "m"):
+                yield gateway_pb2.ChatResponse(part=empty, reasoning=piece)
+            for index, tool in enumerate(request.tools):
+                call = gateway_pb2.ToolCallPart(index=index, id=f"c{index}", name=tool.name)
+                yield gateway_pb2.ChatResponse(part=empty, tool_calls=[call])
+                for arguments in ('{"x":', " 1}"):
+                    call = gateway_pb2.ToolCallPart(index=index, arguments=arguments)
+                    yield gateway_pb2.ChatResponse(part=empty, tool_calls=[call])
+            yield gateway_pb2.ChatResponse(part=empty)
+            echo = gateway_pb2.GenerateRequest(prompt=text)
+            last = gateway_pb2.GenerateResponse(sample=sample, finished=finished(echo))
+            yield gateway_pb2.ChatResponse(part=last)
+
+    async def Tokenize(  # noqa: N802
+        self, request: gateway_pb2.TokenizeRequest, _: grpc.aio.ServicerContext
+    ) -> gateway_pb2.TokenizeResponse:
+        self.others.append("Tokenize")
+        text = request.prompt or request.chat.messages[0].content
+        return gateway_pb2.TokenizeResponse(token_ids=map(ord, text), max_model_len=512)
+
+    async def Detokenize(  # noqa: N802
+        self, request: gateway_pb2.DetokenizeRequest, _: grpc.aio.ServicerContext
+    ) -> gateway_pb2.DetokenizeResponse:
+        self.others.append("Detokenize")
+        return gateway_pb2.DetokenizeResponse(text="".join(map(chr, request.token_ids)) + "!" * request.special_tokens)
+
+    async def ListModels(  # noqa: N802
+        self, _request: gateway_pb2.ListModelsRequest, _: grpc.aio.ServicerContext
+    ) -> gateway_pb2.ListModelsResponse:
+        self.others.append("ListModels")
+        return gateway_pb2.ListModelsResponse(
+            models=[gateway_pb2.ModelInfo(id="tiny", max_model_len=512, aliases=["default"])]
+        )
+
+    async def GetStatus(  # noqa: N802
+        self, _request: gateway_pb2.GetStatusRequest, _: grpc.aio.ServicerContext
+    ) -> gateway_pb2.GetStatusResponse:
+        self.others.append("GetStatus")
+        running = gateway_pb2.RequestStatus(
+            request_id="r",
+            interface="http",
+            age_s=1.5,
+            prompt_tokens=3,
+            completion_tokens=4,
+            samples=2,
+            priority=-7,
+        )
+        return gateway_pb2.GetStatusResponse(requests=[running], max_requests=256)
+
+    async def Abort(  # noqa: N802
+        self, request: gateway_pb2.GatewayServiceAbortRequest, _: grpc.aio.ServicerContext
+    ) -> gateway_pb2.GatewayServiceAbortResponse:
+        self.others.append("Abort")
+        if request.request_id != "r":
+            raise RpcFailure(grpc.StatusCode.NOT_FOUND, f"no request {request.request_id}, {request.reason}")
+        return gateway_pb2.GatewayServiceAbortResponse()
 
 
 def piece(

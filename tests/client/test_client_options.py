@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from branchline.client import BranchlineError, GenerateOptions, InvalidRequestError
-from branchline.client.options import deadline, generate_request
+from branchline.client.options import deadline, generate_request, sampling_request
 from branchline.v1 import gateway_pb2
 
 
@@ -58,7 +58,7 @@ def test_every_option_is_sent() -> None:
 
 
 def test_every_option_is_documented_and_has_a_field() -> None:
-    options = set(inspect.signature(generate_request).parameters)
+    options = {*inspect.signature(sampling_request).parameters, "prompt", "messages", "token_ids"}
     assert options == set(GenerateOptions.__annotations__)
     fields = {field.name for field in gateway_pb2.GenerateRequest.DESCRIPTOR.fields}
     assert options - {"messages"} == fields - {"chat"}

@@ -83,13 +83,16 @@ def test_flags_override_the_file(tmp_path: Any) -> None:
     file.write_text("model: {dtype: float16, tree: none}\ndecode: {replicas: 3}\nray: {address: auto}\n")
     arguments = parse(
         *("--config", str(file), "--model", "/m", "--draft", "none", "--dtype", "float32", "--provider", "reference"),
-        *("--prefill", "2", "--gateways", "2", "--host", "0.0.0.0", "--grpc-port", "50051"),
+        *("--prefill", "2", "--gateways", "2", "--host", "0.0.0.0", "--grpc-port", "50051", "--http-port", "8000"),
+        *("--served-model-name", "mine", "--tool-parser", "hermes", "--reasoning-parser", "qwen3"),
     )
     config = config_from(arguments, {"RAY_ADDRESS": "10.0.0.1:6379"})
     assert (config.model.model, config.model.draft, config.model.dtype) == ("/m", "none", "float32")
     assert (config.model.provider, config.model.tree) == ("reference", "none")
     assert (config.prefill.replicas, config.decode.replicas, config.gateway.replicas) == (2, 3, 2)
     assert (config.gateway.host, config.gateway.grpc_port) == ("0.0.0.0", 50051)
+    assert (config.gateway.http_port, config.gateway.served_model_name) == (8000, "mine")
+    assert (config.gateway.tool_parser, config.gateway.reasoning_parser) == ("hermes", "qwen3")
     assert config.ray.address == "auto"
 
 

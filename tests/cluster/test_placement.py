@@ -67,6 +67,9 @@ def test_fixed_ports_count_up_and_zero_stays() -> None:
     assert (placed["decode 0"].config.decode.port, placed["decode 1"].config.decode.port) == (7000, 7001)
     assert (placed["gateway 0"].config.gateway.grpc_port, placed["gateway 1"].config.gateway.grpc_port) == (8000, 8001)
     assert placed["prefill 0"].config.prefill.port == 0
+    for port, expected in ((-1, [-1, -1]), (0, [0, 0]), (9000, [9000, 9001])):
+        placed = seats(**{"gateway.http_port": port, "gateway.replicas": 2})
+        assert [placed[f"gateway {index}"].config.gateway.http_port for index in range(2)] == expected
 
 
 def test_claims_add_up() -> None:

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from cluster.cli import main
 
 pytestmark = pytest.mark.cluster
 
+FLAGS = ("--dtype", "float32", "--http-port", "0")
 PROMPT = "List the months of the year:"
 
 
@@ -60,9 +62,12 @@ def serving(directory: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[byt
 
 
 def test_serves_survives_a_killed_worker_and_leaves_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    with nothing_left() as directory, serving(directory, "--dtype", "float32") as (process, out):
+    with nothing_left() as directory, serving(directory, *FLAGS) as (process, out):
         wait_until(lambda: "\n" in out.read_text() or process.poll() is not None, 120, "ready")
-        address = out.read_text().removeprefix("ready grpc=").strip()
+        ready = out.read_text()
+        address, _, http = ready.removeprefix("ready grpc=").strip().partition(" http=")
+        with urllib.request.urlopen(f"http://{http}/health", timeout=10) as response:
+            assert json.load(response) == {"status": "ok"}
 
         assert main(["generate", "--target", address, "--json", "--max-tokens", "64", PROMPT]) == 0
         expected = json.loads(capsys.readouterr().out)
@@ -84,8 +89,8 @@ def test_serves_survives_a_killed_worker_and_leaves_nothing(capsys: pytest.Captu
 
         os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C does
         assert process.wait(20) == 0
-        assert out.read_text() == f"ready grpc={address}\n"
-        assert not any(map(listens, [address, *after.values()]))
+        assert out.read_text() == ready
+        assert not any(map(listens, [address, http, *after.values()]))
 
 
 def _listener(parent: int, address: str) -> psutil.Process:

@@ -38,6 +38,21 @@ def test_from_idle_to_stopped() -> None:
     assert not listens(status.address)
 
 
+def test_a_second_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gateway's HTTP API."""
+
+    async def two(_config: Config, *, ready: Any, stop: Any, **_arguments: Any) -> None:
+        ready("127.0.0.1:1", "127.0.0.1:2")
+        await stop.wait()
+
+    monkeypatch.setattr(cluster_roles, "two", two, raising=False)
+    role = RoleThread("cluster_roles:two")
+    assert role.status().http == ""
+    role.start(Config())
+    assert reach(role, State.READY).http == "127.0.0.1:2"
+    assert role.stop(5)
+
+
 def test_a_user_error_keeps_its_words() -> None:
     role = RoleThread("cluster_roles:misconfigured")
     role.start(Config())

@@ -53,6 +53,8 @@ class House:
     stub: Any
     servers: list[RpcServer]
     addresses: list[str]
+    #: The gateway's HOST:PORT.
+    target: str
 
     def call(self, max_tokens: int = 8, timeout: float | None = 20, **options: Any) -> Any:
         if "prompt" not in options:
@@ -121,7 +123,8 @@ async def house(
         server.add(
             "branchline.v1.GatewayService", GatewayService(desk), gateway_pb2_grpc.add_GatewayServiceServicer_to_server
         )
-        channel = await stack.enter_async_context(open_channel(await server.start()))
+        target = await server.start()
+        channel = await stack.enter_async_context(open_channel(target))
         stack.push_async_callback(server.stop, 0)
         stub = gateway_pb2_grpc.GatewayServiceStub(channel)
-        yield House(prefills, decodes, backend, desk, tokens, stub, [s for s, _ in started], addresses)
+        yield House(prefills, decodes, backend, desk, tokens, stub, [s for s, _ in started], addresses, target)
