@@ -112,6 +112,11 @@ class LocalSystem:
         gateway = [self.gateway] if self.gateway else []
         return gateway + self.prefill + self.decode
 
+    @property
+    def http(self) -> str:
+        """The address of the gateway's HTTP API; empty if the configuration has none."""
+        return self.gateway.http if self.gateway else ""
+
     def stop(self) -> list[int]:
         """Ends what runs, the gateway first; returns the exit codes in the order of `processes`."""
         codes = [process.stop() for process in self.processes]

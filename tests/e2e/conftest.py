@@ -14,6 +14,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 
 @pytest.fixture(scope="session")
 def one_of_each(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """One prefill worker, one decode worker, a gateway: for tests that leave them as they are."""
-    with running_fleet(tiny.config(), tmp_path_factory.mktemp("fleet")) as fleet:
+    """One prefill worker, one decode worker, a gateway with HTTP: for tests that leave them as they are."""
+    with running_fleet(tiny.config(**{"gateway.http_port": 0}), tmp_path_factory.mktemp("fleet")) as fleet:
         yield fleet

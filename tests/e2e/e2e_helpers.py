@@ -95,6 +95,11 @@ class Fleet:
         self._starts = 0
 
     @property
+    def http(self) -> str:
+        """The gateway's HTTP API, HOST:PORT."""
+        return self._system.http
+
+    @property
     def processes(self) -> dict[str, Process]:
         """By address: the gateway lists its workers in the order of its configuration."""
         workers = self.client.info().workers
