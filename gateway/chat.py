@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from branchline.core import InvalidRequestError
 from branchline.v1 import gateway_pb2
 from gateway.conversation import conversation
-from gateway.door import Call
+from gateway.door import Guest
 from gateway.generation import Ask, Generator
 from gateway.parsing import Parsed, Parsers, SampleParser
 
@@ -38,7 +38,7 @@ class Chats:
 
     async def run(
         self,
-        call: Call,
+        guest: Guest,
         request: gateway_pb2.ChatRequest,
         write: Write,
         *,
@@ -50,7 +50,7 @@ class Chats:
 
         Raises RpcFailure or InvalidRequestError.
         """
-        async with self._generator.open(call) as session:
+        async with self._generator.open(guest) as session:
             (prompt,) = await session.read([self.ask(request)])
             await started(session.request_id, prompt)
             writer = _Writer(request, prompt, self._parsers, write, whole=whole)

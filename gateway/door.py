@@ -40,9 +40,16 @@ class Call:
     timeout_s: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """A call that may come in, as `Door.greet` found. Whatever is done for a call asks for it."""
+
+    call: Call
+
+
 @dataclass(slots=True, eq=False)
 class Visit:
-    """A call that was let in and generates. `requests`: how many it counts for, one for each prompt."""
+    """A guest's call that was let in and generates. `requests`: how many it counts for, one for each prompt."""
 
     call: Call
     request_id: str
@@ -101,16 +108,18 @@ class Door:
         """Those that are being served now, the oldest first."""
         return list(self._visits.values())
 
-    def greet(self, call: Call) -> None:
-        """To be passed by every call, before anything is done for it. Raises RpcFailure when it may not come in."""
+    def greet(self, call: Call) -> Guest:
+        """To be passed by every call once, before anything of it is read that costs. Raises RpcFailure when it may not
+        come in.
+        """
         if self._closed:
             logger.info("%s %s refused: the gateway is stopping", call.interface, call.method)
             raise self._stopping()
+        return Guest(call)
 
     @contextlib.contextmanager
-    def admit(self, call: Call, requests: int = 1) -> Iterator[Visit]:
-        """Lets a call in that generates for so many prompts. Raises RpcFailure when there is no room."""
-        self.greet(call)
+    def admit(self, guest: Guest, requests: int = 1) -> Iterator[Visit]:
+        """Lets a guest in who wants to generate for so many prompts. Raises RpcFailure when there is no room."""
         active = self.active_requests
         if active + requests > self._max_requests:
             raise RpcFailure(
@@ -118,7 +127,7 @@ class Door:
                 f"the gateway serves {active} requests already, and {self._max_requests} at most",
                 retry_after_s=RETRY_AFTER_S,
             )
-        visit = Visit(call, secrets.token_hex(8), requests)
+        visit = Visit(guest.call, secrets.token_hex(8), requests)
         self._visits[visit.request_id] = visit
         try:
             yield visit

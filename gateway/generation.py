@@ -13,7 +13,7 @@ from branchline.v1 import gateway_pb2
 from branchline.wire.status import RpcFailure
 from gateway.backend import Backend
 from gateway.conversation import Conversation
-from gateway.door import Call, Door, Visit
+from gateway.door import Door, Guest, Visit
 from gateway.journal import JournalEntry
 from gateway.limits import Limits
 from gateway.output import Output
@@ -56,13 +56,13 @@ class Generator:
         return Limits(max_model_len=max_model_len, max_tokens=self.backend.config.max_tokens_limit)
 
     @contextlib.asynccontextmanager
-    async def open(self, call: Call, prompts: int = 1) -> AsyncIterator[Session]:
+    async def open(self, guest: Guest, prompts: int = 1) -> AsyncIterator[Session]:
         """A call is admitted, and its deadline runs until the block ends.
 
         Raises RpcFailure: RESOURCE_EXHAUSTED, UNAVAILABLE, DEADLINE_EXCEEDED, or CANCELLED when somebody aborted it.
         """
-        with self.door.admit(call, prompts) as visit:
-            left = call.timeout_s
+        with self.door.admit(guest, prompts) as visit:
+            left = guest.call.timeout_s
             timeout_s = self.backend.config.request_timeout_s if left is None else left - min(_ANSWER_S, left / 10)
             session = Session(self, visit, visit.arrived + timeout_s)
             try:

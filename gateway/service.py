@@ -11,7 +11,7 @@ import grpc
 from branchline.core import InvalidRequestError
 from branchline.v1 import gateway_pb2, gateway_pb2_grpc
 from gateway.desk import Desk
-from gateway.door import Call
+from gateway.door import Call, Guest
 from gateway.generation import Ask
 from gateway.limits import check_ids
 from gateway.prompts import text_ids
@@ -32,7 +32,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
         async def write(_prompt: int, response: gateway_pb2.GenerateResponse) -> None:
             await context.write(response)
 
-        async with self._desk.generator.open(_call("Generate", context)) as session:
+        async with self._desk.generator.open(self._greet("Generate", context)) as session:
             (prompt,) = await session.read([Ask(request)])
             await _send_id(context, session.request_id, prompt)
             await session.run(write)
@@ -41,13 +41,13 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
         self, request: gateway_pb2.ChatRequest, context: grpc.aio.ServicerContext
     ) -> None:
         await self._desk.chats.run(
-            _call("Chat", context), request, context.write, started=functools.partial(_send_id, context)
+            self._greet("Chat", context), request, context.write, started=functools.partial(_send_id, context)
         )
 
     async def Tokenize(  # noqa: N802
         self, request: gateway_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> gateway_pb2.TokenizeResponse:
-        self._desk.door.greet(_call("Tokenize", context))
+        self._greet("Tokenize", context)
         limits = self._desk.generator.limits
         match request.WhichOneof("input"):
             case "prompt":
@@ -63,7 +63,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
     async def Detokenize(  # noqa: N802
         self, request: gateway_pb2.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> gateway_pb2.DetokenizeResponse:
-        self._desk.door.greet(_call("Detokenize", context))
+        self._greet("Detokenize", context)
         tokens, ids = self._desk.tokens, list(request.token_ids)
         most = self._desk.generator.limits.max_model_len
         if len(ids) > most:
@@ -78,7 +78,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
         request: gateway_pb2.GetInfoRequest,  # noqa: ARG002 - has no fields
         context: grpc.aio.ServicerContext,
     ) -> gateway_pb2.GetInfoResponse:
-        self._desk.door.greet(_call("GetInfo", context))
+        self._greet("GetInfo", context)
         return await self._desk.info.system()
 
     async def ListModels(  # noqa: N802
@@ -86,7 +86,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
         request: gateway_pb2.ListModelsRequest,  # noqa: ARG002 - has no fields
         context: grpc.aio.ServicerContext,
     ) -> gateway_pb2.ListModelsResponse:
-        self._desk.door.greet(_call("ListModels", context))
+        self._greet("ListModels", context)
         name, *aliases = self._desk.info.models
         model = gateway_pb2.ModelInfo(id=name, max_model_len=self._desk.info.max_model_len, aliases=aliases)
         return gateway_pb2.ListModelsResponse(models=[model])
@@ -96,20 +96,19 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
         request: gateway_pb2.GetStatusRequest,  # noqa: ARG002 - has no fields
         context: grpc.aio.ServicerContext,
     ) -> gateway_pb2.GetStatusResponse:
-        self._desk.door.greet(_call("GetStatus", context))
+        self._greet("GetStatus", context)
         return self._desk.info.status()
 
     async def Abort(  # noqa: N802
         self, request: gateway_pb2.GatewayServiceAbortRequest, context: grpc.aio.ServicerContext
     ) -> gateway_pb2.GatewayServiceAbortResponse:
-        self._desk.door.greet(_call("Abort", context))
+        self._greet("Abort", context)
         self._desk.door.abort(request.request_id, request.reason or "no reason was given")
         return gateway_pb2.GatewayServiceAbortResponse()
 
-
-def _call(method: str, context: grpc.aio.ServicerContext) -> Call:
-    headers: dict[str, Any] = dict(context.invocation_metadata() or ())
-    return Call("grpc", method, headers, context.time_remaining())
+    def _greet(self, method: str, context: grpc.aio.ServicerContext) -> Guest:
+        headers: dict[str, Any] = dict(context.invocation_metadata() or ())
+        return self._desk.door.greet(Call("grpc", method, headers, context.time_remaining()))
 
 
 async def _send_id(context: grpc.aio.ServicerContext, request_id: str, _prompt: Sequence[int]) -> None:

@@ -32,8 +32,14 @@ def application(desk: Desk) -> Starlette:
     pages = _Pages(desk)
     return Starlette(
         routes=[
-            Route("/v1/completions", PostJson(CompletionRequest, CompletionEndpoint(desk).handle), methods=["POST"]),
-            Route("/v1/chat/completions", PostJson(ChatRequest, ChatEndpoint(desk).handle), methods=["POST"]),
+            Route(
+                "/v1/completions",
+                PostJson(desk.door, CompletionRequest, CompletionEndpoint(desk).handle),
+                methods=["POST"],
+            ),
+            Route(
+                "/v1/chat/completions", PostJson(desk.door, ChatRequest, ChatEndpoint(desk).handle), methods=["POST"]
+            ),
             Route("/v1/models", pages.models),
             Route("/v1/models/{name:path}", pages.model),
             Route("/health", pages.health),

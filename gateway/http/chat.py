@@ -15,6 +15,7 @@ from openai.types.chat.chat_completion_message_function_tool_call import ChatCom
 
 from branchline.v1 import gateway_pb2
 from gateway.desk import Desk
+from gateway.door import Guest
 from gateway.http.build import OMIT, as_json, build
 from gateway.http.exchange import Exchange
 from gateway.http.finish import Reason, finish_reason
@@ -34,7 +35,7 @@ class ChatEndpoint:
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
 
-    async def handle(self, exchange: Exchange, body: ChatRequest) -> None:
+    async def handle(self, exchange: Exchange, guest: Guest, body: ChatRequest) -> None:
         """Raises HttpError, RpcFailure or InvalidRequestError."""
         model = check_model(body.model, self._desk.info)
         answer = (_Stream if body.stream else _Whole)(exchange, body, model, self._desk.tokens)
@@ -43,9 +44,7 @@ class ChatEndpoint:
             exchange.request_id = request_id
             answer.usage = UsageSum([len(prompt)])
 
-        await self._desk.chats.run(
-            exchange.call, chat_request(body), answer.take, started=started, whole=not body.stream
-        )
+        await self._desk.chats.run(guest, chat_request(body), answer.take, started=started, whole=not body.stream)
         await answer.end()
 
 

@@ -12,6 +12,7 @@ from openai.types.completion_choice import Logprobs
 
 from branchline.v1 import gateway_pb2
 from gateway.desk import Desk
+from gateway.door import Guest
 from gateway.generation import Ask
 from gateway.http.build import OMIT, as_json, build
 from gateway.http.exchange import Exchange
@@ -31,12 +32,12 @@ class CompletionEndpoint:
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
 
-    async def handle(self, exchange: Exchange, body: CompletionRequest) -> None:
+    async def handle(self, exchange: Exchange, guest: Guest, body: CompletionRequest) -> None:
         """Raises HttpError, RpcFailure or InvalidRequestError."""
         model = check_model(body.model, self._desk.info)
         prompts = body.prompts
         asks = [Ask(_request(body, prompt)) for prompt in prompts]
-        async with self._desk.generator.open(exchange.call, len(asks)) as session:
+        async with self._desk.generator.open(guest, len(asks)) as session:
             exchange.request_id = session.request_id
             ids = await session.read(asks)
             echoed = [self._echo(prompt, ids[number]) if body.echo else "" for number, prompt in enumerate(prompts)]

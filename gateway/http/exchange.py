@@ -17,7 +17,7 @@ from branchline.core import InvalidRequestError
 from branchline.wire.channels import MAX_MESSAGE_BYTES
 from branchline.wire.status import RpcFailure
 from gateway.background import cancel_all
-from gateway.door import Call
+from gateway.door import Call, Door, Guest
 from gateway.http.errors import HttpError, from_failure, from_validation
 
 logger = logging.getLogger(__name__)
@@ -141,20 +141,26 @@ class Exchange:
 
 
 class PostJson:
-    """An ASGI application: a body of the schema in, handled, answered."""
+    """An ASGI application: greeted at the door, a body of the schema read, handled, answered."""
 
-    def __init__(self, schema: type[Body], handle: Callable[[Exchange, Body], Awaitable[None]]) -> None:
+    def __init__(
+        self, door: Door, schema: type[Body], handle: Callable[[Exchange, Guest, Body], Awaitable[None]]
+    ) -> None:
+        self._door = door
         self._schema: Any = schema
-        self._handle: Callable[[Exchange, Any], Awaitable[None]] = handle
+        self._handle: Callable[[Exchange, Guest, Any], Awaitable[None]] = handle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send)
         try:
+            guest = self._door.greet(exchange.call)
             body = await exchange.body(self._schema)
+        except RpcFailure as error:
+            await exchange.fail(from_failure(error))
         except HttpError as error:
             await exchange.fail(error)
-            return
-        await exchange.run(self._handle(exchange, body))
+        else:
+            await exchange.run(self._handle(exchange, guest, body))
 
 
 def _too_long() -> HttpError:

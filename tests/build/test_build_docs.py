@@ -11,6 +11,8 @@ import pytest
 
 import branchline.client
 from branchline.config import load
+from branchline.v1 import gateway_pb2
+from gateway.http.schemas import ChatRequest, CompletionRequest, StreamOptions
 from tools.lock import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,6 +38,28 @@ def test_the_sdk_example_uses_names_that_exist() -> None:
     assert all(hasattr(branchline.client, name) for name in imported)
     options = {keyword.arg for node in ast.walk(tree) if isinstance(node, ast.Call) for keyword in node.keywords}
     assert options - {"end", "flush"} <= set(branchline.client.GenerateOptions.__annotations__)
+
+
+API = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+
+
+def test_every_field_of_a_request_is_documented() -> None:
+    fields = {name for schema in (ChatRequest, CompletionRequest) for name in schema.model_fields}
+    fields |= {f"stream_options.{name}" for name in StreamOptions.model_fields}
+    missing = {name for name in fields - {"stream_options"} if f"`{name}`" not in API}
+    assert not missing
+
+
+def test_every_rpc_is_documented() -> None:
+    methods = gateway_pb2.DESCRIPTOR.services_by_name["GatewayService"].methods
+    assert all(f"`{method.name}`" in API or method.name == "Generate" for method in methods)
+
+
+def test_the_api_examples_compile() -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", API, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 2
+    for block in blocks:
+        compile(block, "docs/api.md", "exec")
 
 
 def test_the_configurations_by_hand_fit_together() -> None:

@@ -11,13 +11,14 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import httpx2
 import pytest
 import yaml
 from gateway_harness import PROMPT
 from scripted_workers import ScriptedDecode, ScriptedPrefill, eventually, expected_tokens, running
 from tiny_tokenizer import train
 
-from branchline.config import Config, from_mapping, to_mapping
+from branchline.config import Config, ConfigError, from_mapping, to_mapping
 from branchline.core import Fingerprint, InvalidRequestError
 from branchline.engine.models.errors import ModelError
 from branchline.v1 import gateway_pb2, gateway_pb2_grpc
@@ -38,11 +39,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(directory)
 
 
-def config(model: str, *, prefill: str = "", decode: str = "", port: int = 0, start_timeout_s: float = 20.0) -> Config:
+def config(
+    model: str,
+    *,
+    prefill: str = "",
+    decode: str = "",
+    port: int = 0,
+    http_port: int = -1,
+    start_timeout_s: float = 20.0,
+    **settings: object,
+) -> Config:
     gateway = {
         "prefill_workers": [prefill] if prefill else [],
         "decode_workers": [decode] if decode else [],
         "grpc_port": port,
+        "http_port": http_port,
+        **settings,
     }
     return from_mapping({"model": {"model": model}, "gateway": gateway, "ray": {"start_timeout_s": start_timeout_s}})
 
@@ -79,6 +91,58 @@ async def test_serves_until_stopped(model: str) -> None:
         with pytest.raises(OSError, match="Connect call failed"):
             await asyncio.open_connection("127.0.0.1", int(addresses[0].rpartition(":")[2]))
     assert not [task for task in asyncio.all_tasks() - before if task.get_name().startswith(("watch", "Attach"))]
+
+
+async def test_http_beside_grpc(model: str) -> None:
+    """Two addresses; both ports are closed in the end, and one that is taken is told."""
+    ready: list[tuple[str, ...]] = []
+    stop = asyncio.Event()
+    async with worker_addresses() as workers:
+        served = serve(config(model, **workers, http_port=0), ready=lambda *all_: ready.append(all_), stop=stop)
+        task = asyncio.create_task(served)
+        await eventually(lambda: ready or task.done(), 30)
+        grpc_address, http_address = ready[0]
+        assert await generated(grpc_address) == expected_tokens(PROMPT, 5)
+        async with httpx2.AsyncClient(base_url=f"http://{http_address}", trust_env=False) as client:
+            body = {"model": "scripted", "prompt": list(PROMPT), "max_tokens": 5, "return_token_ids": True}
+            answer = (await client.post("/v1/completions", json=body)).json()
+            assert answer["choices"][0]["token_ids"] == expected_tokens(PROMPT, 5)
+            port = int(http_address.rpartition(":")[2])
+            with pytest.raises(PortInUseError, match=str(port)):
+                await serve(config(model, **workers, http_port=port), ready=lambda *_: None, stop=asyncio.Event())
+            stop.set()  # while a connection is open
+            await asyncio.wait_for(task, 10)
+        for address in ready[0]:
+            with pytest.raises(OSError, match="Connect call failed"):
+                await asyncio.open_connection("127.0.0.1", int(address.rpartition(":")[2]))
+
+
+async def test_a_stream_under_a_stop_ends_with_an_error(model: str) -> None:
+    ready: list[tuple[str, ...]] = []
+    stop = asyncio.Event()
+    async with worker_addresses(pace_s=0.05) as workers:
+        served = serve(config(model, **workers, http_port=0), ready=lambda *all_: ready.append(all_), stop=stop)
+        task = asyncio.create_task(served)
+        await eventually(lambda: ready or task.done(), 30)
+        async with httpx2.AsyncClient(base_url=f"http://{ready[0][1]}", trust_env=False) as client:
+            body = {"model": "scripted", "prompt": list(PROMPT), "max_tokens": 200, "stream": True}
+            async with client.stream("POST", "/v1/completions", json=body) as response:
+                lines = [line async for line in _until_stopped(response, stop)]
+        assert "the gateway is stopping" in lines[-2]
+        assert lines[-1] == "data: [DONE]"
+        await asyncio.wait_for(task, 10)
+
+
+async def _until_stopped(response: httpx2.Response, stop: asyncio.Event) -> AsyncIterator[str]:
+    async for line in response.aiter_lines():
+        stop.set()
+        if line:
+            yield line
+
+
+async def test_a_parser_that_does_not_exist(model: str) -> None:
+    with pytest.raises(ConfigError, match="nobody"):
+        await serve(config(model, tool_parser="nobody"), ready=lambda _: None, stop=asyncio.Event())
 
 
 async def test_stopping_ends_running_requests(model: str) -> None:
@@ -162,12 +226,15 @@ async def start_process(path: Path) -> asyncio.subprocess.Process:
 async def test_a_process_of_its_own(model: str, tmp_path: Path) -> None:
     async with worker_addresses() as workers:
         path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump(to_mapping(config(model, **workers))))
+        path.write_text(yaml.safe_dump(to_mapping(config(model, **workers, http_port=0))))
         process = await start_process(path)
         try:
             line = (await asyncio.wait_for(process.stdout.readline(), 60)).decode()
             assert line.startswith("ready grpc=127.0.0.1:")
-            assert await generated(line.strip().removeprefix("ready grpc=")) == expected_tokens(PROMPT, 5)
+            address, _, http = line.strip().removeprefix("ready grpc=").partition(" http=")
+            assert await generated(address) == expected_tokens(PROMPT, 5)
+            async with httpx2.AsyncClient(trust_env=False) as client:
+                assert (await client.get(f"http://{http}/health")).json() == {"status": "ok"}
             process.send_signal(signal.SIGTERM)
             assert await asyncio.wait_for(process.wait(), 15) == 0
         finally:
