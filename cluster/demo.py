@@ -64,7 +64,7 @@ class Demo:
 
     def ask_all(self, system: System, stopping: Stopping, out: TextIO) -> int:
         with Client(system.gateways[0]) as client, contextlib.redirect_stdout(out):
-            self.addresses = [*system.gateways, *(worker.address for worker in client.info().workers)]
+            self.addresses = [*system.gateways, *system.http, *(worker.address for worker in client.info().workers)]
             for prompt in PROMPTS:
                 if stopping():
                     return EXIT_OK

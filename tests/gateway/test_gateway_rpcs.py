@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from branchline import client as sdk
 from branchline.client import AsyncClient
 from branchline.v1 import gateway_pb2
 from branchline.wire.status import RETRY_METADATA
+from gateway.conversation import RESERVED
 from gateway.tokens import Tokens
 
 pytestmark = [pytest.mark.wire, pytest.mark.timeout(60)]
@@ -200,3 +202,8 @@ async def test_a_gateway_that_stops_sends_everybody_away(tokens: Tokens) -> None
             with pytest.raises(sdk.UnavailableError, match="the gateway is stopping"):
                 await call
         await eventually(lambda: not h.desk.door.visits)
+
+
+def test_what_templates_are_called_with_can_t_be_set_by_requests(tokens: Tokens) -> None:
+    parameters = inspect.signature(type(tokens.tokenizer).apply_chat_template).parameters
+    assert set(parameters) - {"self", "kwargs"} <= RESERVED
