@@ -5,8 +5,8 @@
 Two processes on one machine over loopback, each with an event loop and an engine's thread, as workers have. The sender
 exports synthetic KV from a paged cache frame by frame, the receiver is the real decode service, which scatters it into
 its own: the time is from the first export to the lease's READY. The bare stream sends messages of a frame's size, made
-once, through as many channels to a receiver that throws them away; both take turns in every round. Prefill's compute is
-not in it.
+once, through as many channels to a receiver that throws them away; the checked one is the least that a hand-off can do
+(`handoff_bare`). They take turns in every round. Prefill's compute is not in it.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
+from benchmarks.handoff_bare import send_bare
 from benchmarks.handoff_peer import (
-    BARE_METHOD,
-    BARE_SERVICE,
     KV_SHAPES,
     MAX_TOKENS,
     engine_config,
@@ -41,7 +41,8 @@ from branchline.engine.thread import EngineThread
 from branchline.v1 import decode_pb2, decode_pb2_grpc
 from branchline.wire.channels import open_channel
 from branchline.wire.convert import fingerprint_to_proto, tree_to_proto
-from branchline.wire.frames import MAX_FRAME_BYTES, kv_request, split_span
+from branchline.wire.frames import MAX_FRAME_BYTES, split_span
+from branchline.wire.kv_codec import KvDraft, KvMessage, Outgoing
 from branchline.wire.memory import keep_large_buffers
 from branchline.wire.transfer import GrpcTransport
 from prefill_worker.handoff import HandoffSender
@@ -52,6 +53,22 @@ CHUNK = 512
 TIMEOUT_S = 60.0
 
 
+@dataclass(frozen=True)
+class Timed:
+    seconds: float
+    #: Seconds of processor time, both processes.
+    processor: float
+
+
+@dataclass(frozen=True)
+class Round:
+    """What took turns."""
+
+    handoff: Timed
+    bare: Timed
+    checked: Timed
+
+
 @dataclass
 class Rig:
     """The sending side, connected to the peer."""
@@ -60,7 +77,13 @@ class Rig:
     caches: KvCaches
     thread: EngineThread
     fingerprint: Any
+    processes: tuple[psutil.Process, ...]
     requests: int = 0
+
+    def processor_seconds(self) -> float:
+        """Of both processes since their start."""
+        times = [process.cpu_times() for process in self.processes]
+        return float(sum(one.user + one.system for one in times))
 
     @contextlib.asynccontextmanager
     async def channels(self, streams: int) -> AsyncIterator[list[Any]]:
@@ -73,7 +96,7 @@ class Rig:
 
     async def handoff(self, channels: list[Any], tokens: int) -> float:
         """Seconds of one hand-off of a context of `tokens` tokens."""
-        stubs: list[Any] = [decode_pb2_grpc.DecodeServiceStub(channel) for channel in channels]
+        stub: Any = decode_pb2_grpc.DecodeServiceStub(channels[0])
         self.requests += 1
         reserve = decode_pb2.ReserveRequest(
             request_id=f"request-{self.requests}",
@@ -82,25 +105,22 @@ class Rig:
             fingerprint=self.fingerprint,
             attempt=1,
         )
-        lease = await stubs[0].Reserve(reserve, timeout=TIMEOUT_S)
+        lease = await stub.Reserve(reserve, timeout=TIMEOUT_S)
         header = decode_pb2.HandoffHeader(lease_id=lease.lease_id, kv_dtype="bfloat16")
-        sender = HandoffSender(GrpcTransport(stubs), self.address, header, self._messages(tokens), TIMEOUT_S)
+        sender = HandoffSender(GrpcTransport(channels), self.address, header, self._messages(tokens), TIMEOUT_S)
         began = time.perf_counter()
         await sender.run()
         seconds = time.perf_counter() - began
-        await stubs[0].Abort(decode_pb2.AbortRequest(lease_id=lease.lease_id), timeout=TIMEOUT_S)
+        await stub.Abort(decode_pb2.AbortRequest(lease_id=lease.lease_id), timeout=TIMEOUT_S)
         return seconds
 
-    async def bare(self, channels: list[Any], total: int) -> float:
+    async def bare(self, channels: list[Any], total: int, *, checked: bool) -> float:
         """Seconds of `total` bytes in messages of a frame's size."""
-        messages = max(1, round(total / MAX_FRAME_BYTES))
-        payload = bytes(total // messages)
-        shares = [messages // len(channels) + (number < messages % len(channels)) for number in range(len(channels))]
         began = time.perf_counter()
-        await asyncio.gather(*(_bare(channel, payload, share) for channel, share in zip(channels, shares, strict=True)))
+        await send_bare(channels, total, MAX_FRAME_BYTES, checked=checked, timeout_s=TIMEOUT_S)
         return time.perf_counter() - began
 
-    async def _messages(self, tokens: int) -> AsyncGenerator[decode_pb2.HandoffRequest]:
+    async def _messages(self, tokens: int) -> AsyncGenerator[Outgoing]:
         """As a prefill job makes them: chunk after chunk, exported by the engine's thread."""
         geometry, index = self.caches.target_kv, 0
         blocks = list(range(1, self.caches.blocks_for(tokens) + 1))
@@ -111,28 +131,16 @@ class Rig:
             batch = max(1, len(spans) * EXPORT_BYTES // (geometry.bytes_per_token * (extent[1] - extent[0])))
             for at in range(0, len(spans), batch):
                 pieces = spans[at : at + batch]
-                exported = await self.thread.submit(self._export, blocks, pieces)
-                for piece, data in zip(pieces, exported, strict=True):
-                    yield kv_request(index, piece, data)
-                    index += 1
+                for message in await self.thread.submit(self._export, blocks, index, pieces):
+                    yield message
+                index += len(pieces)
         yield decode_pb2.HandoffRequest(draft=tree_to_proto(DraftTree(), index=index, first_token=1))
 
-    def _export(self, blocks: list[int], pieces: list[KvSpan]) -> list[bytes]:
-        return [self.caches.read(blocks, piece) for piece in pieces]
-
-
-async def _bare(channel: Any, payload: bytes, messages: int) -> None:
-    call = channel.stream_stream(f"/{BARE_SERVICE}/{BARE_METHOD}")(timeout=TIMEOUT_S)
-    answers = asyncio.create_task(_drain(call))
-    for _ in range(messages):
-        await call.write(payload)
-    await call.done_writing()
-    await answers
-
-
-async def _drain(call: Any) -> None:
-    async for _ in call:
-        pass
+    def _export(self, blocks: list[int], first: int, pieces: list[KvSpan]) -> list[KvMessage]:
+        kv = self.caches.target_kv
+        drafts = [KvDraft(number, span, kv.size_of(span)) for number, span in enumerate(pieces, first)]
+        filled = self.caches.read_into(blocks, [(draft.span, draft.data) for draft in drafts])
+        return [draft.seal() for draft, _ in zip(drafts, filled, strict=True)]
 
 
 @contextlib.asynccontextmanager
@@ -150,7 +158,8 @@ async def connected(shape: str) -> AsyncIterator[Rig]:
         engine, tree = engine_config(cache_mib // 2)
         caches = KvCaches(models, engine, tree)
         caches.target.storage.normal_()
-        yield Rig(address, caches, thread, fingerprint_to_proto(models.fingerprint))
+        processes = (psutil.Process(), psutil.Process(peer.pid))
+        yield Rig(address, caches, thread, fingerprint_to_proto(models.fingerprint), processes)
         peer.stdin.close()
         await asyncio.to_thread(peer.wait, TIMEOUT_S)
     finally:
@@ -174,31 +183,59 @@ async def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-async def _rounds(rig: Rig, channels: list[Any], tokens: int, rounds: int) -> list[tuple[float, float]]:
-    """(hand-off, bare) of each round; the first, which connects, is left out."""
+async def _rounds(rig: Rig, channels: list[Any], tokens: int, rounds: int) -> list[Round]:
+    """The first, which connects, is left out."""
     total = tokens * rig.caches.target_kv.bytes_per_token
-    times = [(await rig.handoff(channels, tokens), await rig.bare(channels, total)) for _ in range(rounds + 1)]
-    return times[1:]
+
+    async def timed(work: Awaitable[float]) -> Timed:
+        before = rig.processor_seconds()
+        seconds = await work
+        return Timed(seconds, rig.processor_seconds() - before)
+
+    measured = []
+    for _ in range(rounds + 1):
+        handoff = await timed(rig.handoff(channels, tokens))
+        bare, checked = [await timed(rig.bare(channels, total, checked=checked)) for checked in (False, True)]
+        measured.append(Round(handoff, bare, checked))
+    return measured[1:]
 
 
-def _row(times: list[tuple[float, float]], total: int) -> dict[str, Any]:
-    handoff, bare = (statistics.median(column) for column in zip(*times, strict=True))
+def _row(rounds: list[Round], total: int) -> dict[str, Any]:
+    """Medians; ratios are the medians of the rounds' own. Processor time is the mean: its clock is coarse."""
+
+    def speed(times: Iterable[Timed]) -> float:
+        return round(total / statistics.median(one.seconds for one in times) / 1e9, 3)
+
+    def processor(times: Iterable[Timed]) -> int:
+        return round(statistics.mean(one.processor for one in times) / (total / 2**20) * 1e6)
+
     return {
         "mib": round(total / 2**20, 1),
-        "ms": round(handoff * 1000, 2),
-        "gb_s": round(total / handoff / 1e9, 3),
-        "bare_gb_s": round(total / bare / 1e9, 3),
-        "ratio": round(statistics.median(b / h for h, b in times), 3),
+        "ms": round(statistics.median(one.handoff.seconds for one in rounds) * 1000, 2),
+        "gb_s": speed(one.handoff for one in rounds),
+        "bare_gb_s": speed(one.bare for one in rounds),
+        "checked_gb_s": speed(one.checked for one in rounds),
+        "ratio": round(statistics.median(one.bare.seconds / one.handoff.seconds for one in rounds), 3),
+        "checked_ratio": round(statistics.median(one.bare.seconds / one.checked.seconds for one in rounds), 3),
+        "processor_us_per_mib": processor(one.handoff for one in rounds),
+        "bare_processor_us_per_mib": processor(one.bare for one in rounds),
+        "checked_processor_us_per_mib": processor(one.checked for one in rounds),
     }
 
 
-HEAD = f"{'shape':>14} {'tokens':>6} {'streams':>7} {'MiB':>7} {'ms':>8} {'GB/s':>6} {'bare':>6} {'ratio':>6}"
+HEAD = (
+    f"{'':>14} {'':>6} {'':>7} {'':>7} {'':>8} {'GB/s':>20} {'of bare':>13} {'processor us/MiB':>20}\n"
+    f"{'shape':>14} {'tokens':>6} {'streams':>7} {'MiB':>7} {'ms':>8} {'handoff':>8} {'checked':>5} {'bare':>5} "
+    f"{'handoff':>6} {'check':>5} {'handoff':>8} {'checked':>5} {'bare':>5}"
+)
 
 
 def line(row: dict[str, Any]) -> str:
     return (
-        f"{row['shape']:>14} {row['tokens']:>6} {row['streams']:>7} {row['mib']:>7} {row['ms']:>8} {row['gb_s']:>6} "
-        f"{row['bare_gb_s']:>6} {row['ratio']:>6}"
+        f"{row['shape']:>14} {row['tokens']:>6} {row['streams']:>7} {row['mib']:>7} {row['ms']:>8} "
+        f"{row['gb_s']:>8} {row['checked_gb_s']:>7} {row['bare_gb_s']:>5} {row['ratio']:>7} {row['checked_ratio']:>5} "
+        f"{row['processor_us_per_mib']:>8} {row['checked_processor_us_per_mib']:>7} "
+        f"{row['bare_processor_us_per_mib']:>5}"
     )
 
 

@@ -11,13 +11,11 @@ import asyncio
 import dataclasses
 import secrets
 import sys
-from collections.abc import AsyncIterator
-from typing import Any
 
-import grpc
 import torch
 
 from benchmarks.engine_shapes import SHAPES, RandomTensors
+from benchmarks.handoff_bare import add_bare
 from branchline.config import EngineConfig
 from branchline.core import Fingerprint
 from branchline.engine.decode import DecodeRunner
@@ -32,13 +30,11 @@ from branchline.wire.memory import keep_large_buffers
 from branchline.wire.server import RpcServer
 from decode_worker.engine_loop import DecodeLoop
 from decode_worker.leases import LeaseTable
-from decode_worker.service import SERVICE, DecodeService
+from decode_worker.service import PARSERS, SERVICE, DecodeService
 from decode_worker.sessions import Sessions
 
 #: Layers, KV heads and the size of a head, in bfloat16; the rest of a model is as small as it can be.
 KV_SHAPES = {"smollm2-135m": (30, 3, 64), "llama-3.1-8b": (32, 8, 128), "tiny": (8, 2, 16)}
-#: A byte stream through gRPC and nothing else: its path, and after how many messages it answers.
-BARE_SERVICE, BARE_METHOD, BARE_ANSWER = "benchmark.Bare", "Stream", 4
 MAX_TOKENS = 8192
 
 
@@ -62,32 +58,20 @@ def engine_config(cache_mib: int) -> tuple[EngineConfig, TreeTopology]:
     return EngineConfig(kv_cache_mib=cache_mib, max_batch=2, threads=1), parse_tree("none")
 
 
-async def bare_stream(requests: AsyncIterator[bytes], _: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
-    received = 0
-    async for _message in requests:
-        received += 1
-        if received % BARE_ANSWER == 0:
-            yield b"x"
-    yield b"end"
-
-
-def add_bare(_: object, server: Any) -> None:
-    handler = grpc.stream_stream_rpc_method_handler(bare_stream, lambda data: data, lambda data: data)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(BARE_SERVICE, {BARE_METHOD: handler}),))
-
-
 async def serve(shape: str, cache_mib: int) -> None:
     def build() -> DecodeLoop:
         engine, tree = engine_config(cache_mib)
         models = kv_models(shape)
-        return DecodeLoop(models, tree, DecodeRunner(models, engine, tree))
+        runner = DecodeRunner(models, engine, tree)
+        runner.caches.target.storage.fill_(0)  # pages that were touched before, as after a while of serving
+        return DecodeLoop(models, tree, runner)
 
     async with hosted_engine("decode-engine", build, asyncio.Event()) as host:
         assert host is not None
         sessions = Sessions(host.thread, host.engine, LeaseTable(secrets.token_hex(8), 60.0))
         server = RpcServer("127.0.0.1", 0)
-        server.add(SERVICE, DecodeService(sessions), decode_pb2_grpc.add_DecodeServiceServicer_to_server)
-        server.add(BARE_SERVICE, None, add_bare)
+        server.add(SERVICE, DecodeService(sessions), decode_pb2_grpc.add_DecodeServiceServicer_to_server, PARSERS)
+        server.add("benchmark.Bare", None, add_bare)
         print(await server.start(), flush=True)
         try:
             await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)  # until the parent closes it

@@ -111,7 +111,7 @@ class DecodeLoop:
             self._free(lease_id)
         self._admit()
 
-    def import_kv(self, lease_id: str, span: KvSpan, data: bytes) -> None:
+    def import_kv(self, lease_id: str, span: KvSpan, data: bytes | memoryview) -> None:
         """Raises SequenceGoneError, or InvalidRequestError for a span outside the allocation."""
         self.runner.import_kv(self._allocation(lease_id), span, data)
 

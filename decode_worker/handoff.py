@@ -17,6 +17,7 @@ import grpc
 from branchline.core import InvalidRequestError
 from branchline.v1 import decode_pb2
 from branchline.wire.frames import DamagedFrameError, read_kv_frame
+from branchline.wire.kv_codec import Incoming, KvView, part_of
 from branchline.wire.seals import intact, seal
 from branchline.wire.status import RpcFailure
 from branchline.wire.transfer import MAX_AHEAD, MAX_STREAMS
@@ -24,8 +25,10 @@ from decode_worker.intake import Intake
 from decode_worker.session import Session
 from decode_worker.sessions import Sessions
 
-#: Frames after which there is an acknowledgement; an earlier one when nothing is under way.
+#: Frames after which there is an acknowledgement; an earlier one when nothing has been under way for so many seconds.
+#: Each costs both sides as much as a small frame, and while frames come fast there is always a next one.
 ACKNOWLEDGE_FRAMES = 4
+ACKNOWLEDGE_AFTER_S = 0.01
 
 
 class _SilentStreamError(RpcFailure):
@@ -33,7 +36,7 @@ class _SilentStreamError(RpcFailure):
 
 
 async def receive_handoff(
-    sessions: Sessions, requests: AsyncIterator[decode_pb2.HandoffRequest]
+    sessions: Sessions, requests: AsyncIterator[Incoming]
 ) -> AsyncGenerator[decode_pb2.HandoffResponse]:
     """One stream, whatever transport brings it: its requests in, its responses out.
 
@@ -48,7 +51,7 @@ async def receive_handoff(
         raise RpcFailure(grpc.StatusCode.DEADLINE_EXCEEDED, "no hand-off header came") from None
     if first is not None:
         _check(first)  # before the lease is looked up: it may be another's
-    if first is None or first.WhichOneof("part") != "header":
+    if first is None or isinstance(first, KvView) or first.WhichOneof("part") != "header":
         raise RpcFailure(grpc.StatusCode.INVALID_ARGUMENT, "a hand-off begins with a header")
     if first.header.stream >= MAX_STREAMS:
         raise InvalidRequestError(f"stream {first.header.stream}: a hand-off has at most {MAX_STREAMS}")
@@ -70,7 +73,7 @@ class _Receiver:
         self,
         sessions: Sessions,
         session: Session,
-        requests: AsyncIterator[decode_pb2.HandoffRequest],
+        requests: AsyncIterator[Incoming],
         over: asyncio.Future[RpcFailure],
         stall_s: float,
     ) -> None:
@@ -134,7 +137,12 @@ class _Receiver:
     @property
     def _owes_acknowledgement(self) -> bool:
         news = self._frames.next - self._flow.acknowledged
-        return news >= ACKNOWLEDGE_FRAMES or (news > 0 and self._flow.in_flight == 0)
+        return news >= ACKNOWLEDGE_FRAMES or (news > 0 and self._idle_s >= ACKNOWLEDGE_AFTER_S)
+
+    @property
+    def _idle_s(self) -> float:
+        """Seconds since nothing is under way."""
+        return 0.0 if self._flow.in_flight > 0 else time.monotonic() - self._flow.idle_since
 
     def _response(self, resend: list[int] | tuple[()] = (), *, ready: bool = False) -> decode_pb2.HandoffResponse:
         self._flow.acknowledged = self._frames.next
@@ -146,7 +154,9 @@ class _Receiver:
         waiting: set[asyncio.Future[Any]] = {self._over, self._flow.changed.next}
         if self._may_read:
             waiting.add(reading)
-        await asyncio.wait(waiting, timeout=self._stall_s, return_when=asyncio.FIRST_COMPLETED)
+        owes = self._frames.next > self._flow.acknowledged and self._flow.in_flight == 0
+        timeout_s = max(0.0, ACKNOWLEDGE_AFTER_S - self._idle_s) if owes else self._stall_s
+        await asyncio.wait(waiting, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if self._flow.in_flight > 0 or reading.done() or self._over.done():  # the sender is not late
             return
         now = time.monotonic()
@@ -161,22 +171,22 @@ class _Receiver:
                 f"{self._stall_s:g} s",
             )
 
-    def _take(self, request: decode_pb2.HandoffRequest) -> list[int] | None:
+    def _take(self, request: Incoming) -> list[int] | None:
         """The frames that are to be sent again at once, if this is to be answered at once."""
         self._heard = self._flow.heard = time.monotonic()
         self._sessions.live.touch(*self._group.live)
-        match request.WhichOneof("part"):
-            case "header":
-                self._intake.check_header(request.header)
+        match part_of(request):
+            case "header", header:
+                self._intake.check_header(header)
                 return self._flow.overdue(self._frames)
-            case "kv":
-                return self._take_frame(self._intake.take_kv, request.kv)
-            case "draft":
-                return self._take_frame(self._intake.take_draft, request.draft)
-            case "commit":
-                if not intact(request.commit):
+            case "kv", frame:
+                return self._take_frame(self._intake.take_kv, frame)
+            case "draft", frame:
+                return self._take_frame(self._intake.take_draft, frame)
+            case "commit", commit:
+                if not intact(commit):
                     raise DamagedFrameError("a hand-off's commit: wrong checksum")
-                self._flow.commit = request.commit
+                self._flow.commit = commit
                 self._flow.progressed = time.monotonic()
                 return None
             case _:
@@ -205,7 +215,7 @@ class _Receiver:
         flow.changed.beat()
 
 
-async def _next(requests: AsyncIterator[decode_pb2.HandoffRequest]) -> decode_pb2.HandoffRequest | None:
+async def _next(requests: AsyncIterator[Incoming]) -> Incoming | None:
     """The next request, None at the end. Raises DamagedFrameError for one that can't be parsed."""
     try:
         return await anext(requests, None)
@@ -213,16 +223,16 @@ async def _next(requests: AsyncIterator[decode_pb2.HandoffRequest]) -> decode_pb
         raise DamagedFrameError(str(error)) from None
 
 
-def _check(request: decode_pb2.HandoffRequest) -> None:
+def _check(request: Incoming) -> None:
     """Raises DamagedFrameError, or InvalidRequestError for coordinates that are no rectangle."""
-    match request.WhichOneof("part"):
-        case None:
+    match part_of(request):
+        case None, _:
             raise _no_part()
-        case "kv":
-            read_kv_frame(request.kv)
-        case part:
-            if not intact(getattr(request, part)):
-                raise DamagedFrameError(f"a hand-off's {part}: wrong checksum")
+        case "kv", frame:
+            read_kv_frame(frame)
+        case name, part:
+            if not intact(part):
+                raise DamagedFrameError(f"a hand-off's {name}: wrong checksum")
 
 
 def _no_part() -> DamagedFrameError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 
 import grpc
 
@@ -12,6 +11,7 @@ from branchline.engine.models.protocol import KvGeometry
 from branchline.v1 import decode_pb2
 from branchline.wire.convert import logprobs_from_proto, tree_from_proto
 from branchline.wire.frames import DamagedFrameError, read_kv_frame
+from branchline.wire.kv_codec import KvView
 from branchline.wire.seals import intact
 from branchline.wire.status import RpcFailure
 from branchline.wire.transfer import MAX_AHEAD
@@ -39,7 +39,7 @@ class Intake:
         if header.kv_dtype != ours:
             raise RpcFailure(grpc.StatusCode.FAILED_PRECONDITION, f"kv_dtype: {ours} != {header.kv_dtype}")
 
-    def take_kv(self, frame: decode_pb2.KvFrame) -> asyncio.Future[None] | None:
+    def take_kv(self, frame: decode_pb2.KvFrame | KvView) -> asyncio.Future[None] | None:
         """The import into the cache, under way; None for a frame that is here already.
 
         Raises DamagedFrameError, or InvalidRequestError for what wasn't promised.
@@ -49,7 +49,7 @@ class Intake:
             return None
         member = self._member(frame.index, frame.sample)
         geometry = self._promised(span, frame.sample)
-        expected = math.prod(span.shape(geometry.head_dim)) * geometry.dtype.itemsize
+        expected = geometry.size_of(span)
         if len(data) != expected:
             raise InvalidRequestError(f"KV frame {frame.index}: {len(data)} bytes, its span has {expected}")
         self._arrived.count(span, frame.sample, len(data), self._lease.context_length)

@@ -16,7 +16,7 @@ from branchline.v1 import decode_pb2_grpc
 from branchline.wire.server import RpcServer
 from decode_worker.engine_loop import DecodeLoop
 from decode_worker.leases import LeaseTable
-from decode_worker.service import SERVICE, DecodeService
+from decode_worker.service import PARSERS, SERVICE, DecodeService
 from decode_worker.sessions import Sessions
 
 #: Seconds that calls have to end by themselves once their leases have been aborted.
@@ -53,7 +53,7 @@ async def _serve(config: Config, host: Host[DecodeLoop], ready: Callable[[str], 
     table = LeaseTable(incarnation=secrets.token_hex(8), ttl_s=config.decode.lease_ttl_s)
     sessions = Sessions(host.thread, host.engine, table)
     server = RpcServer(config.decode.host, config.decode.port)
-    server.add(SERVICE, DecodeService(sessions), decode_pb2_grpc.add_DecodeServiceServicer_to_server)
+    server.add(SERVICE, DecodeService(sessions), decode_pb2_grpc.add_DecodeServiceServicer_to_server, PARSERS)
     expiry = asyncio.create_task(_expire(sessions))
     try:
         ready(await server.start())

@@ -17,6 +17,7 @@ from branchline.wire.convert import (
     request_from_proto,
     speculation_to_proto,
 )
+from branchline.wire.kv_codec import Incoming, parse_request
 from branchline.wire.status import RpcFailure
 from decode_worker.handoff import receive_handoff
 from decode_worker.leases import LeaseState
@@ -25,6 +26,8 @@ from decode_worker.session import Aborted, Finish, Preempted, TokenBatch
 from decode_worker.sessions import Sessions
 
 SERVICE = "branchline.v1.DecodeService"
+#: What parses requests in place of the generated classes, by method.
+PARSERS = {"Handoff": parse_request}
 
 
 class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
@@ -92,7 +95,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
                 self._sessions.detach(session)
 
     async def Handoff(  # noqa: N802
-        self, requests: AsyncIterator[decode_pb2.HandoffRequest], _: grpc.aio.ServicerContext
+        self, requests: AsyncIterator[Incoming], _: grpc.aio.ServicerContext
     ) -> AsyncIterator[decode_pb2.HandoffResponse]:
         with self._serving():
             async with contextlib.aclosing(receive_handoff(self._sessions, requests)) as responses:

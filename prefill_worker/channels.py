@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import grpc
 
-from branchline.v1 import decode_pb2_grpc
 from branchline.wire.channels import open_channel
 from branchline.wire.transfer import GrpcTransport
 
@@ -43,8 +42,7 @@ class DecodeChannels:
         connection = self._connections.get(address)
         if connection is None:
             channels = tuple(open_channel(address, shared=self._streams == 1) for _ in range(self._streams))
-            transport = GrpcTransport([decode_pb2_grpc.DecodeServiceStub(channel) for channel in channels])
-            connection = _Connection(channels, transport)
+            connection = _Connection(channels, GrpcTransport(channels))
             self._connections[address] = connection
         connection.users += 1
         try:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from branchline.core import DraftTree, FinishReason, KvPart, KvSpan, Request
 from branchline.engine.models.protocol import KvGeometry, Models
 from branchline.engine.prefill import FirstChoice, PrefillRunner, PrefillTask
+from branchline.wire.kv_codec import KvDraft, KvMessage
 from prefill_worker.schedule import Waiting, share
 
 #: Failed steps in a row after which the engine is given up.
@@ -105,12 +106,15 @@ class PrefillLoop:
         self._computing.add(job_id)
         self._report(job)  # what was found can be shipped at once
 
-    def export(self, job_id: int, spans: Sequence[KvSpan]) -> list[bytes]:
-        """The canonical bytes of complete spans. Raises JobGoneError."""
+    def export(self, job_id: int, first: int, spans: Sequence[KvSpan]) -> list[KvMessage]:
+        """The frames of complete spans of one part, numbered from `first`. Raises JobGoneError."""
         job = self._jobs.get(job_id)
         if job is None:
             raise JobGoneError(f"prefill job {job_id} has no blocks any more")
-        return [self.runner.export(job.task, span) for span in spans]
+        drafts = [KvDraft(number, span, self.runner.size_of(span)) for number, span in enumerate(spans, first)]
+        filled = self.runner.export_into(job.task, [(draft.span, draft.data) for draft in drafts])
+        # Sealed one by one, as they are filled: the checksum reads what the copy has left in the processor's cache.
+        return [draft.seal() for draft, _ in zip(drafts, filled, strict=True)]
 
     def release(self, job_id: int) -> None:
         """Frees the job's blocks, computed or not; no error when it has none."""

@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator
 import grpc
 
 from branchline.v1 import decode_pb2
+from branchline.wire.kv_codec import Outgoing
 from branchline.wire.seals import intact, seal
 from branchline.wire.status import RpcFailure
 from branchline.wire.transfer import Stream, StreamError, Transport
@@ -61,7 +62,7 @@ class HandoffSender:
         transport: Transport,
         address: str,
         header: decode_pb2.HandoffHeader,
-        messages: AsyncGenerator[decode_pb2.HandoffRequest],
+        messages: AsyncGenerator[Outgoing],
         stall_s: float,
     ) -> None:
         self._transport = transport
@@ -185,7 +186,7 @@ class HandoffSender:
         self._heard = time.monotonic()
         self._outbox.acknowledge(response)
 
-    async def _send(self, stream: Stream, message: decode_pb2.HandoffRequest) -> None:
+    async def _send(self, stream: Stream, message: Outgoing) -> None:
         async with self._deadline():
             await stream.send(message)
 

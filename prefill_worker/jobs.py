@@ -15,7 +15,8 @@ from branchline.engine.models.protocol import KvGeometry
 from branchline.engine.thread import EngineThread
 from branchline.v1 import decode_pb2
 from branchline.wire.convert import tree_to_proto
-from branchline.wire.frames import kv_request, split_span
+from branchline.wire.frames import split_span
+from branchline.wire.kv_codec import KvMessage, Outgoing, kv_message
 from branchline.wire.status import RpcFailure
 from prefill_worker.engine_loop import Computed, Drafted, Event, Failed, FirstToken, PrefillLoop
 
@@ -74,41 +75,44 @@ class PrefillJob:
         """Stops the computation and frees the blocks, after the commands submitted so far."""
         return self._thread.submit(self._engine.release, self._id)
 
-    async def messages(self) -> AsyncGenerator[decode_pb2.HandoffRequest]:
+    async def messages(self) -> AsyncGenerator[Outgoing]:
         """The hand-off's frames in order, each as soon as what it carries is computed. Ends without a commit.
 
         Raises RpcFailure when the engine lost the job. To be called once.
         """
-        numbers = itertools.count()
-        async for span, data in self._context():
-            yield kv_request(next(numbers), span, data)
+        frames = 0
+        async for message in self._context():
+            yield message
+            frames += 1
+        numbers = itertools.count(frames)
         for _ in range(self._samples):
             match await self._events.get():
                 case Drafted(sample, tree, row):
                     yield decode_pb2.HandoffRequest(draft=self._draft_frame(next(numbers), sample, tree))
                     if row is not None:
-                        yield kv_request(next(numbers), *row, sample=sample)
+                        yield kv_message(next(numbers), *row, sample=sample)
                 case Failed(reason):
                     raise failure(reason)
                 case Computed():
                     raise AssertionError("a chunk behind the last one")
 
-    async def _context(self) -> AsyncGenerator[tuple[KvSpan, bytes]]:
+    async def _context(self) -> AsyncGenerator[KvMessage]:
         """What the samples share, and the decode worker hasn't: the target's KV of the context, and the draft rows in
         front of its end."""
-        length, computed = len(self._request.context), 0
+        length, computed, frames = len(self._request.context), 0, 0
         while computed < length:
             match await self._events.get():
                 case Computed(start, computed):
                     start, target_kv = max(start, self._held), self._engine.runner.target_kv
-                    async for piece in self._export(KvPart.TARGET, target_kv, start, computed):
+                    async for piece in self._export(KvPart.TARGET, target_kv, start, computed, frames):
                         yield piece
+                        frames += 1
                 case Failed(reason):
                     raise failure(reason)
                 case Drafted():
                     raise AssertionError("a tree before the last chunk")
         if self._draft_kv is not None:
-            async for piece in self._export(KvPart.DRAFT, self._draft_kv, max(1, self._held), length):
+            async for piece in self._export(KvPart.DRAFT, self._draft_kv, max(1, self._held), length, frames):
                 yield piece
 
     def _draft_frame(self, index: int, sample: int, tree: DraftTree) -> decode_pb2.DraftFrame:
@@ -118,9 +122,9 @@ class PrefillJob:
         return tree_to_proto(tree, index=index, first_token=choice.token_id, sample=sample, logprobs=choice.logprobs)
 
     async def _export(
-        self, part: KvPart, geometry: KvGeometry, start: int, end: int
-    ) -> AsyncGenerator[tuple[KvSpan, bytes]]:
-        """Nothing when the range is empty."""
+        self, part: KvPart, geometry: KvGeometry, start: int, end: int, first: int
+    ) -> AsyncGenerator[KvMessage]:
+        """The frames of a part's tokens [start, end), numbered from `first`; nothing when there are none."""
         if start >= end:
             return
         whole = KvSpan(part, (0, geometry.num_layers), (0, geometry.num_kv_heads), (start, end))
@@ -131,9 +135,8 @@ class PrefillJob:
         for at in range(0, len(spans), batch):
             pieces = spans[at : at + batch]
             # Not a bulk command: each job has one at a time, and a cancellation behind it shouldn't wait for a chunk.
-            exported = await self._thread.submit(self._engine.export, self._id, pieces)
-            for piece in zip(pieces, exported, strict=True):
-                yield piece
+            for message in await self._thread.submit(self._engine.export, self._id, first + at, pieces):
+                yield message
 
     def _on_engine_event(self, event: Event) -> None:
         """On the engine's thread."""

@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from branchline.v1 import decode_pb2
+from branchline.wire.kv_codec import KvMessage, Outgoing
 from branchline.wire.pulse import Pulse
 from branchline.wire.seals import seal
 from branchline.wire.transfer import MAX_AHEAD
@@ -25,8 +26,8 @@ class Outbox:
     """Frames stay in hand until they are acknowledged. Belongs to one event loop."""
 
     def __init__(self) -> None:
-        #: Not acknowledged, by index, in order; with the bytes of KV, since protobuf copies these for whoever looks.
-        self._held: dict[int, tuple[decode_pb2.HandoffRequest, int]] = {}
+        #: Not acknowledged, by index, in order.
+        self._held: dict[int, Outgoing] = {}
         #: Those of them that are to be sent, or sent again, the next one first.
         self._queue: deque[int] = deque()
         #: Those of them that have been sent, with the stream that carried them last.
@@ -56,17 +57,16 @@ class Outbox:
         """Frames that wait for a stream."""
         return len(self._queue)
 
-    def put(self, message: decode_pb2.HandoffRequest) -> None:
+    def put(self, message: Outgoing) -> None:
         """The next frame; indices count from 0."""
         index, size, totals = _index(message), _size(message), self._totals
+        nodes = 0 if isinstance(message, KvMessage) else len(message.draft.tree_tokens)
         assert index == totals.frames, f"frame {index} instead of {totals.frames}"
         assert not self._finished, f"frame {index} behind the last one"
-        self._held[index] = message, size
+        self._held[index] = message
         self._queue.append(index)
         self._window += size
-        self._totals = HandoffTotals(
-            totals.frames + 1, totals.kv_bytes + size, totals.tree_nodes + len(message.draft.tree_tokens)
-        )
+        self._totals = HandoffTotals(totals.frames + 1, totals.kv_bytes + size, totals.tree_nodes + nodes)
         self.changed.beat()
 
     def finish(self) -> None:
@@ -74,13 +74,13 @@ class Outbox:
         self._finished = True
         self.changed.beat()
 
-    def take(self, stream: int) -> decode_pb2.HandoffRequest | None:
+    def take(self, stream: int) -> Outgoing | None:
         """What `stream` is to send next, the commit behind all frames; None while there is nothing."""
         while self._queue:
             index = self._queue.popleft()
             if index in self._held:  # else it was acknowledged while it waited to be sent again
                 self._carrier[index] = stream
-                return self._held[index][0]
+                return self._held[index]
         if self._finished and self._committed is None:
             self._committed = stream
             return self._commit()
@@ -99,7 +99,7 @@ class Outbox:
     def acknowledge(self, response: decode_pb2.HandoffResponse) -> None:
         """Drops what the decode worker has, and sends again what it asks for."""
         while self.acknowledged < min(response.next_index, self._totals.frames):
-            self._window -= self._held.pop(self.acknowledged)[1]
+            self._window -= _size(self._held.pop(self.acknowledged))
             self._carrier.pop(self.acknowledged, None)
             self.acknowledged += 1
         for index in response.resend:
@@ -114,9 +114,9 @@ class Outbox:
         return decode_pb2.HandoffRequest(commit=commit)
 
 
-def _index(message: decode_pb2.HandoffRequest) -> int:
-    return message.kv.index if message.WhichOneof("part") == "kv" else message.draft.index
+def _index(message: Outgoing) -> int:
+    return message.index if isinstance(message, KvMessage) else message.draft.index
 
 
-def _size(message: decode_pb2.HandoffRequest) -> int:
-    return len(message.kv.data)
+def _size(message: Outgoing) -> int:
+    return message.kv_bytes if isinstance(message, KvMessage) else 0

@@ -147,7 +147,7 @@ class DecodeRunner:
         end = min(max_length, self.max_model_len)
         return self._allocations.allocate(context_length, end, samples, rank, priority, keys)
 
-    def import_kv(self, allocation: Allocation, span: KvSpan, data: bytes) -> None:
+    def import_kv(self, allocation: Allocation, span: KvSpan, data: bytes | memoryview) -> None:
         """Scatters a span's canonical bytes into the cache. Raises InvalidRequestError when it lies outside the
         allocation, or where others read, or carries the wrong number of bytes."""
         assert not allocation.released

@@ -5,7 +5,7 @@ Synchronous; owned by one engine thread.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,6 +16,7 @@ from branchline.core import (
     DraftTree,
     FinishReason,
     InvalidRequestError,
+    KvPart,
     KvSpan,
     Request,
     TokenLogprobs,
@@ -203,6 +204,17 @@ class PrefillRunner:
         """Canonical bytes of a span that is complete. Raises InvalidRequestError when it lies outside."""
         assert not task.released
         return self._caches.read(task.blocks, span)
+
+    def size_of(self, span: KvSpan) -> int:
+        """Bytes of a span."""
+        kv = self.target_kv if span.part is KvPart.TARGET else self.draft_kv
+        assert kv is not None, "a span of the draft's KV without a draft head"
+        return kv.size_of(span)
+
+    def export_into(self, task: PrefillTask, pieces: Sequence[tuple[KvSpan, memoryview]]) -> Iterator[None]:
+        """As `export`, into buffers of the spans' sizes, all of one part; yields once for each that is complete."""
+        assert not task.released
+        return self._caches.read_into(task.blocks, pieces)
 
     def release(self, task: PrefillTask) -> None:
         """Gives the blocks back. Idempotent."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterator, Sequence
 
 from branchline.config import ConfigError, EngineConfig
 from branchline.core import InvalidRequestError, KvPart, KvSpan
 from branchline.engine.blocks import BlockPool, blocks_for
 from branchline.engine.cache import PagedKvCache
+from branchline.engine.kv_copies import KvCopies, Place, copies_of
 from branchline.engine.models.protocol import Models
 from branchline.engine.tree import TreeTopology
 
@@ -37,6 +38,8 @@ class KvCaches:
         self.pool = BlockPool(blocks)
         self.target = PagedKvCache(self.target_kv, blocks, self.block_size, models.device)
         self.draft = PagedKvCache(self.draft_kv, blocks, self.block_size, models.device) if self.draft_kv else None
+        self._target_copies = copies_of(self.target)
+        self._draft_copies = copies_of(self.draft) if self.draft is not None else None
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks of a sequence that can reach `tokens` tokens, headroom included."""
@@ -44,25 +47,33 @@ class KvCaches:
 
     def read(self, blocks: list[int], span: KvSpan) -> bytes:
         """A span of a sequence as canonical bytes."""
-        cache, runs = self._locate(blocks, span)
-        rows = cache.read(span.layers, span.heads, runs)
-        return rows.view(torch.uint8).cpu().numpy().tobytes()
+        copies, place, size = self._locate(blocks, span)
+        data = bytearray(size)
+        for _ in copies.read([(place, memoryview(data))]):
+            pass
+        return bytes(data)
 
-    def load(self, blocks: list[int], span: KvSpan, data: bytes) -> None:
+    def read_into(self, blocks: list[int], pieces: Sequence[tuple[KvSpan, memoryview]]) -> Iterator[None]:
+        """Spans of one part of a sequence, each into a buffer of its size. Yields once for each that is complete, in
+        their order."""
+        assert len({span.part for span, _ in pieces}) <= 1, "spans of both caches"
+        located = [(*self._locate(blocks, span), out) for span, out in pieces]
+        assert all(out.nbytes == size for _, _, size, out in located), "a buffer of another size"
+        if located:
+            yield from located[0][0].read([(place, out) for _, place, _, out in located])
+
+    def load(self, blocks: list[int], span: KvSpan, data: bytes | memoryview) -> None:
         """The inverse of `read`. Raises InvalidRequestError when the span or the number of bytes is wrong."""
-        cache, runs = self._locate(blocks, span)
-        geometry = cache.geometry
-        shape = span.shape(geometry.head_dim)
-        expected = torch.Size(shape).numel() * geometry.dtype.itemsize
+        copies, place, expected = self._locate(blocks, span)
         if len(data) != expected:
             raise InvalidRequestError(f"KV span of {expected} bytes carries {len(data)}")
-        rows = torch.frombuffer(bytearray(data), dtype=geometry.dtype).view(shape)
-        cache.load(span.layers, span.heads, runs, rows.to(cache.storage.device))
+        copies.load(place, data)
 
-    def _locate(self, blocks: list[int], span: KvSpan) -> tuple[PagedKvCache, list[range]]:
-        """The span's cache, and its slots as runs: blocks mostly lie side by side."""
+    def _locate(self, blocks: list[int], span: KvSpan) -> tuple[KvCopies, Place, int]:
+        """The way to the span's cache, its place there, and its bytes. Its slots are runs: most blocks lie in a row."""
         cache = self.target if span.part is KvPart.TARGET else self.draft
-        if cache is None:
+        copies = self._target_copies if span.part is KvPart.TARGET else self._draft_copies
+        if cache is None or copies is None:
             raise InvalidRequestError("draft KV, but no draft head is in use here")
         limits = {
             "layers": cache.geometry.num_layers,
@@ -84,7 +95,7 @@ class KvCaches:
             else:
                 runs.append(range(slot, slot + size))
             at += size
-        return cache, runs
+        return copies, Place(span.layers, span.heads, runs), cache.geometry.size_of(span)
 
 
 def check_token_ids(token_ids: tuple[int, ...], vocab_size: int) -> None:

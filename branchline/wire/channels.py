@@ -17,7 +17,7 @@ Options = tuple[tuple[str, int], ...]
 KEEPALIVE_TIME_MS = 3_000
 KEEPALIVE_TIMEOUT_MS = 3_000
 
-#: The largest message, gRPC's own framing included. KV frames hold 1 MiB (`frames.MAX_FRAME_BYTES`); what is
+#: The largest message, gRPC's own framing included. KV frames hold 2 MiB (`frames.MAX_FRAME_BYTES`); what is
 #: left is for requests: a million token ids take 3 to 5 bytes each.
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 

@@ -6,26 +6,20 @@ wrong answer. So each frame carries a CRC-32C over its coordinates and its bytes
 
 from __future__ import annotations
 
-import struct
-
-import crc32c
 import grpc
 
 from branchline.core import InvalidRequestError, KvPart, KvSpan
 from branchline.v1 import decode_pb2
+from branchline.wire.kv_codec import PART_TO_PROTO, KvView, kv_checksum
 from branchline.wire.status import RpcFailure
 
-#: Payload of one frame. gRPC in Python over loopback is fastest with messages of 256 KiB to 1 MiB and falls off
-#: on both sides (16 KiB: a fifth, the cost is per message; 16 MiB: slower again, each message is copied into fresh
-#: memory). The upper end of the plateau costs the fewest messages. It also stays below gRPC's default receive
-#: limit of 4 MiB with framing, so any gRPC peer can take part.
-MAX_FRAME_BYTES = 1024 * 1024
+#: Payload of one frame. Each message costs both sides the same whatever its size, in Python and in waking threads: 2 MiB
+#: take a tenth less processor time for a byte than 1 MiB (benchmarks/handoff.py). Larger ones gain little, fall out of
+#: the processor's caches between the sender's steps, and come near gRPC's default receive limit of 4 MiB with framing,
+#: below which any gRPC peer can take part.
+MAX_FRAME_BYTES = 2 * 1024 * 1024
 
-_PART_TO_PROTO = {KvPart.TARGET: decode_pb2.KV_PART_TARGET, KvPart.DRAFT: decode_pb2.KV_PART_DRAFT}
-_PART_FROM_PROTO = {value: part for part, value in _PART_TO_PROTO.items()}
-
-#: index, part, then layers, heads and tokens as start and end, sample: what the checksum covers before the data.
-_COORDINATES = struct.Struct("<9I")
+_PART_FROM_PROTO: dict[int, KvPart] = {value: part for part, value in PART_TO_PROTO.items()}
 
 
 class DamagedFrameError(RpcFailure):
@@ -54,39 +48,25 @@ def split_span(span: KvSpan, bytes_per_layer_token: int, max_bytes: int = MAX_FR
     ]
 
 
-def kv_request(index: int, span: KvSpan, data: bytes, sample: int = 0) -> decode_pb2.HandoffRequest:
-    """A request with `kv_frame`. The frame is made in its place: set as a field, a message is copied with its bytes."""
-    request = decode_pb2.HandoffRequest()
-    _fill(request.kv, index, span, data, sample)
-    return request
-
-
-def kv_frame(index: int, span: KvSpan, data: bytes, sample: int = 0) -> decode_pb2.KvFrame:
-    """The hand-off's frame number `index`, carrying the canonical bytes of `span`."""
-    frame = decode_pb2.KvFrame()
-    _fill(frame, index, span, data, sample)
-    return frame
-
-
-def _fill(frame: decode_pb2.KvFrame, index: int, span: KvSpan, data: bytes, sample: int) -> None:
-    frame.index = index
-    frame.part = _PART_TO_PROTO[span.part]
-    frame.layer_start, frame.layer_end = span.layers
-    frame.head_start, frame.head_end = span.heads
-    frame.token_start, frame.token_end = span.tokens
-    frame.sample = sample
-    frame.data = data
-    frame.crc32c = _checksum(frame, data)
-
-
-def read_kv_frame(frame: decode_pb2.KvFrame) -> tuple[KvSpan, bytes]:
+def read_kv_frame(frame: decode_pb2.KvFrame | KvView) -> tuple[KvSpan, bytes | memoryview]:
     """The span and its canonical bytes.
 
     Raises DamagedFrameError on a wrong checksum, InvalidRequestError on coordinates that are no rectangle (the
     sender's mistake, not the way's). How many bytes the span must have is the receiver's knowledge.
     """
     data = frame.data
-    if _checksum(frame, data) != frame.crc32c:
+    coordinates = (
+        frame.index,
+        frame.part & 0xFFFF_FFFF,  # a damaged enum may be negative
+        frame.layer_start,
+        frame.layer_end,
+        frame.head_start,
+        frame.head_end,
+        frame.token_start,
+        frame.token_end,
+        frame.sample,
+    )
+    if kv_checksum(coordinates, data) != frame.crc32c:
         raise DamagedFrameError(f"KV frame {frame.index}: wrong checksum")
     part = _PART_FROM_PROTO.get(frame.part)
     if part is None:
@@ -98,22 +78,6 @@ def read_kv_frame(frame: decode_pb2.KvFrame) -> tuple[KvSpan, bytes]:
         tokens=(frame.token_start, frame.token_end),
     )
     return span, data
-
-
-def _checksum(frame: decode_pb2.KvFrame, data: bytes) -> int:
-    coordinates = _COORDINATES.pack(
-        frame.index,
-        frame.part & 0xFFFF_FFFF,  # a damaged enum may be negative
-        frame.layer_start,
-        frame.layer_end,
-        frame.head_start,
-        frame.head_end,
-        frame.token_start,
-        frame.token_end,
-        frame.sample,
-    )
-    checksum: int = crc32c.crc32c(data, crc32c.crc32c(coordinates))
-    return checksum
 
 
 def _pieces(extent: tuple[int, int], size: int) -> list[tuple[int, int]]:

@@ -12,7 +12,7 @@ import contextlib
 import inspect
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
 import grpc
@@ -63,10 +63,11 @@ class CallCounter:
 
 
 class HandlerInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no stubs
-    """Wraps every handler of Branchline's services."""
+    """Wraps every handler of Branchline's services. `parsers`: by method, in place of the generated ones."""
 
-    def __init__(self, counter: CallCounter) -> None:
+    def __init__(self, counter: CallCounter, parsers: Mapping[str, Callable[[bytes], Any]]) -> None:
         self._counter = counter
+        self._parsers = parsers
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
@@ -75,17 +76,18 @@ class HandlerInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # g
         method: str = handler_call_details.method
         if handler is None or method.startswith(_INFRASTRUCTURE):
             return handler
-        return _wrap(handler, method, self._counter)
+        deserialize = self._parsers.get(method, handler.request_deserializer)
+        return _wrap(handler, method, self._counter, deserialize)
 
 
-def _wrap(handler: Any, method: str, counter: CallCounter) -> Any:
+def _wrap(handler: Any, method: str, counter: CallCounter, deserialize: Callable[[bytes], Any]) -> Any:
     """The same method with parsing and error mapping around it.
 
     gRPC parses a single request before it calls the handler and answers UNKNOWN when that fails; so it is given
     none to parse (`request_deserializer=None` hands over the bytes) and the parsing is done here. Messages of
     a request stream are parsed when the handler asks for the next one, so an error is raised inside the handler.
     """
-    parse = _parser(handler.request_deserializer, method)
+    parse = _parser(deserialize, method)
     if handler.request_streaming:
         kind = "stream_stream" if handler.response_streaming else "stream_unary"
     else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
-import crc32c
+from fastcrc import crc32
 
 from branchline.v1 import decode_pb2
 
@@ -38,8 +38,7 @@ def checksum(message: Sealed) -> int:
             packed = struct.pack("<IQ", message.frames, message.kv_bytes)
         case decode_pb2.HandoffResponse():
             packed = _words(message.next_index, message.ready, *message.resend)
-    value: int = crc32c.crc32c(packed)
-    return value
+    return crc32.iscsi(packed)
 
 
 def _draft(message: decode_pb2.DraftFrame) -> bytes:

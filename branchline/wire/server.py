@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import grpc
@@ -44,16 +44,26 @@ class RpcServer:
         self._host = host
         self._port = port
         self._services: list[tuple[str, Any, Callable[[Any, Any], None]]] = []
+        self._parsers: dict[str, Callable[[bytes], Any]] = {}
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
         self._calls = CallCounter()
         self._stopping = asyncio.Lock()
 
-    def add(self, service: str, servicer: object, add_to_server: Callable[[Any, Any], None]) -> None:
-        """Adds a servicer under its full protobuf name, with the generated function that registers it."""
+    def add(
+        self,
+        service: str,
+        servicer: object,
+        add_to_server: Callable[[Any, Any], None],
+        parsers: Mapping[str, Callable[[bytes], Any]] | None = None,
+    ) -> None:
+        """Adds a servicer under its full protobuf name, with the generated function that registers it. `parsers`: by
+        method, what parses its requests in place of the generated class; raises DecodeError like that one.
+        """
         if self._server is not None:
             raise RuntimeError("services must be added before start()")
         self._services.append((service, servicer, add_to_server))
+        self._parsers.update({f"/{service}/{method}": parser for method, parser in (parsers or {}).items()})
 
     @property
     def running_calls(self) -> int:
@@ -64,7 +74,7 @@ class RpcServer:
         """Binds, serves, and returns HOST:PORT with the real port. Raises PortInUseError or BindError."""
         if self._server is not None or self._calls.refusing:
             raise RuntimeError("a server can be started once")
-        server = grpc.aio.server(interceptors=[HandlerInterceptor(self._calls)], options=SERVER_OPTIONS)
+        server = grpc.aio.server(interceptors=[HandlerInterceptor(self._calls, self._parsers)], options=SERVER_OPTIONS)
         for _, servicer, add_to_server in self._services:
             add_to_server(servicer, server)
         names = [name for name, _, _ in self._services]

@@ -20,12 +20,15 @@ from typing import Any, Protocol
 import grpc
 
 from branchline.v1 import decode_pb2
+from branchline.wire.kv_codec import Outgoing, request_bytes
 from branchline.wire.status import RpcFailure
 
 #: Streams of one hand-off; the decode worker refuses higher numbers.
 MAX_STREAMS = 8
 #: How far a frame's index may be above the lowest one that is not acknowledged.
 MAX_AHEAD = 4096
+
+_HANDOFF = "/branchline.v1.DecodeService/Handoff"
 
 
 class StreamError(RpcFailure):
@@ -38,7 +41,7 @@ class Stream(Protocol):
     Cancelling either leaves the stream fit for `close` alone.
     """
 
-    async def send(self, message: decode_pb2.HandoffRequest) -> None:
+    async def send(self, message: Outgoing) -> None:
         """Returns when there is room for more. Raises StreamError when the stream has ended."""
 
     async def receive(self) -> decode_pb2.HandoffResponse:
@@ -60,26 +63,30 @@ class Transport(Protocol):
 
 
 class GrpcTransport:
-    """Streams of `DecodeService.Handoff`, each through a stub of its own: one channel is one TCP connection, whose
+    """Streams of `DecodeService.Handoff`, each through a channel of its own: one channel is one TCP connection, whose
     two ends are served by one thread each."""
 
-    def __init__(self, stubs: Sequence[Any]) -> None:
-        assert 1 <= len(stubs) <= MAX_STREAMS, len(stubs)
-        self._stubs = stubs
+    def __init__(self, channels: Sequence[grpc.aio.Channel]) -> None:
+        assert 1 <= len(channels) <= MAX_STREAMS, len(channels)
+        self._channels = channels
 
     @property
     def streams(self) -> int:
-        return len(self._stubs)
+        return len(self._channels)
 
     def open(self, number: int) -> Stream:
-        return _GrpcStream(self._stubs[number].Handoff())
+        # Not the generated stub's, which would copy the KV into protobuf's bytes once more.
+        open_stream = self._channels[number].stream_stream(
+            _HANDOFF, request_serializer=request_bytes, response_deserializer=decode_pb2.HandoffResponse.FromString
+        )
+        return _GrpcStream(open_stream())
 
 
 class _GrpcStream:
     def __init__(self, call: Any) -> None:
         self._call = call
 
-    async def send(self, message: decode_pb2.HandoffRequest) -> None:
+    async def send(self, message: Outgoing) -> None:
         try:
             await self._call.write(message)
         except asyncio.InvalidStateError:  # the call has ended; its status says why

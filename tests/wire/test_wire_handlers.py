@@ -12,7 +12,7 @@ from wire_servicers import ScriptedGateway
 
 from branchline.core import KvPart, KvSpan
 from branchline.v1 import decode_pb2, decode_pb2_grpc, gateway_pb2, gateway_pb2_grpc
-from branchline.wire.frames import kv_frame
+from branchline.wire.kv_codec import kv_message
 from branchline.wire.server import RpcServer
 from branchline.wire.status import MAX_DETAILS_CHARS, RpcFailure, describe
 
@@ -106,8 +106,7 @@ class TestMalformedBytes:
 
     async def test_in_a_request_stream_after_good_ones(self, channel: grpc.aio.Channel, data: bytes) -> None:
         call = channel.stream_stream("/branchline.v1.DecodeService/Handoff")(timeout=10)
-        frame = kv_frame(0, KvSpan(KvPart.TARGET, (0, 1), (0, 1), (0, 1)), b"data")
-        await call.write(decode_pb2.HandoffRequest(kv=frame).SerializeToString())
+        await call.write(kv_message(0, KvSpan(KvPart.TARGET, (0, 1), (0, 1), (0, 1)), b"data").encoded)
         assert decode_pb2.HandoffResponse.FromString(await call.read()).next_index == 1
         await call.write(data)
         assert (await failure_of(call))[0] is grpc.StatusCode.INVALID_ARGUMENT
@@ -120,10 +119,11 @@ class TestMalformedBytes:
 
 
 async def test_a_damaged_frame_ends_the_handoff_with_data_loss(channel: grpc.aio.Channel) -> None:
-    frame = kv_frame(0, KvSpan(KvPart.TARGET, (0, 1), (0, 1), (0, 1)), b"data")
-    frame.data = b"dada"
+    sent = kv_message(0, KvSpan(KvPart.TARGET, (0, 1), (0, 1), (0, 1)), b"data").encoded
+    request = decode_pb2.HandoffRequest.FromString(sent)
+    request.kv.data = b"dada"
     call = decode_pb2_grpc.DecodeServiceStub(channel).Handoff(timeout=10)
-    await call.write(decode_pb2.HandoffRequest(kv=frame))
+    await call.write(request)
     assert (await failure_of(call))[0] is grpc.StatusCode.DATA_LOSS
 
 

@@ -10,18 +10,17 @@ import contextlib
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError
 
 from branchline.core import InvalidRequestError
 from branchline.v1 import decode_pb2
+from branchline.wire.kv_codec import Incoming, KvMessage, Outgoing, parse_request, request_bytes
 from branchline.wire.status import RpcFailure, failure_for
 from branchline.wire.transfer import Stream, StreamError
 
-Receive = Callable[[AsyncIterator[decode_pb2.HandoffRequest]], AsyncGenerator[decode_pb2.HandoffResponse]]
-M = TypeVar("M", bound=Message)
+Receive = Callable[[AsyncIterator[Incoming]], AsyncGenerator[decode_pb2.HandoffResponse]]
 
 #: Messages that a stream holds on their way, in each direction.
 CAPACITY = 4
@@ -69,7 +68,7 @@ class FakeTransport:
 class _FakeStream:
     def __init__(self, transport: FakeTransport) -> None:
         self._transport = transport
-        self._requests: asyncio.Queue[decode_pb2.HandoffRequest | None] = asyncio.Queue(CAPACITY)
+        self._requests: asyncio.Queue[Incoming | None] = asyncio.Queue(CAPACITY)
         self._responses: asyncio.Queue[decode_pb2.HandoffResponse] = asyncio.Queue(CAPACITY)
         self._ended: asyncio.Future[StreamError] = asyncio.get_running_loop().create_future()
         self._stalled = False
@@ -77,20 +76,26 @@ class _FakeStream:
         transport.live.add(self._serving)
         self._serving.add_done_callback(transport.live.discard)
 
-    async def send(self, message: decode_pb2.HandoffRequest) -> None:
-        frame = message.WhichOneof("part") in ("kv", "draft")
+    async def send(self, message: Outgoing) -> None:
+        kv = isinstance(message, KvMessage)
+        frame = kv or message.WhichOneof("part") == "draft"
         for _ in range(await self._copies(frame)):
-            await self._unless_ended(self._requests.put(self._spoilt(message)))
+            data = self._spoilt(request_bytes(message), message.kv_bytes if kv else 0)
+            try:
+                request = parse_request(data)
+            except DecodeError:
+                request = None
+            await self._unless_ended(self._requests.put(request))
 
     async def receive(self) -> decode_pb2.HandoffResponse:
         response = await self._unless_ended(self._responses.get())
         await self._copies(False)
         while self._stalled:
             await self._unless_ended(asyncio.Event().wait())
-        damaged = self._spoilt(response)
-        if damaged is None:
-            raise StreamError(grpc.StatusCode.DATA_LOSS, "a response came damaged")
-        return damaged
+        try:
+            return decode_pb2.HandoffResponse.FromString(self._spoilt(response.SerializeToString()))
+        except DecodeError:
+            raise StreamError(grpc.StatusCode.DATA_LOSS, "a response came damaged") from None
 
     def close(self) -> None:
         self._serving.cancel()
@@ -107,19 +112,15 @@ class _FakeStream:
             return 0
         return 2 if frame and chance() < faults.doubled else 1
 
-    def _spoilt(self, message: M) -> M | None:
-        """A copy, damaged or not; None for one that is no message any more."""
+    def _spoilt(self, message: bytes, kv_bytes: int = 0) -> bytes:
+        """A copy, damaged or not; the KV is at the end."""
         faults, generator = self._transport.faults, self._transport.random
-        data = bytearray(message.SerializeToString())
-        kv = message.kv.data if isinstance(message, decode_pb2.HandoffRequest) else b""
-        if kv and generator.random() < faults.data:
-            data[data.find(kv) + generator.randrange(len(kv))] ^= 1
+        data = bytearray(message)
+        if kv_bytes and generator.random() < faults.data:
+            data[-1 - generator.randrange(kv_bytes)] ^= 1
         if generator.random() < faults.damaged:
             data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
-        try:
-            return type(message).FromString(bytes(data))
-        except DecodeError:
-            return None
+        return bytes(data)
 
     async def _unless_ended(self, coroutine):
         """The coroutine's result. Raises what the stream ended with as soon as it has, when nothing else is left."""
@@ -132,7 +133,7 @@ class _FakeStream:
         finally:
             task.cancel()
 
-    async def _incoming(self) -> AsyncIterator[decode_pb2.HandoffRequest]:
+    async def _incoming(self) -> AsyncIterator[Incoming]:
         while True:
             request = await self._requests.get()
             if request is None:

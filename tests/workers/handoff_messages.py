@@ -10,7 +10,7 @@ from model_helpers import HEAD_DIM, KV_HEADS, LAYERS
 from branchline.core import DraftTree, KvPart, KvSpan, TokenLogprobs
 from branchline.v1 import decode_pb2
 from branchline.wire.convert import tree_to_proto
-from branchline.wire.frames import kv_frame
+from branchline.wire.kv_codec import KvMessage, kv_message
 from branchline.wire.seals import Sealed, seal
 
 TREE = DraftTree((4, 6), (0, 1), (-0.5, -1.0))
@@ -41,7 +41,12 @@ def sealed(message: Sealed) -> decode_pb2.HandoffRequest:
 
 
 def kv(index: int, of: KvSpan, data: bytes | None = None, sample: int = 0) -> decode_pb2.HandoffRequest:
-    return decode_pb2.HandoffRequest(kv=kv_frame(index, of, zeros(of) if data is None else data, sample))
+    return decode_pb2.HandoffRequest.FromString(kv_bytes(index, of, data, sample).encoded)
+
+
+def kv_bytes(index: int, of: KvSpan, data: bytes | None = None, sample: int = 0) -> KvMessage:
+    """As a prefill worker makes it."""
+    return kv_message(index, of, zeros(of) if data is None else data, sample)
 
 
 def draft(

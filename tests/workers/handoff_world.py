@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 from fake_transport import FakeTransport
-from handoff_messages import draft, kv, span
+from handoff_messages import draft, kv_bytes, span
 from model_helpers import HEAD_DIM, KV_HEADS, LAYERS, VOCAB
 
 from branchline.config import Config
@@ -20,6 +20,7 @@ from branchline.engine.decode import DecodeRunner
 from branchline.engine.hosting import hosted_engine
 from branchline.v1 import decode_pb2
 from branchline.wire.frames import read_kv_frame
+from branchline.wire.kv_codec import Incoming, KvMessage, Outgoing, parse_request
 from decode_worker.engine_loop import DecodeLoop
 from decode_worker.handoff import receive_handoff
 from decode_worker.leases import Lease, LeaseTable
@@ -47,19 +48,19 @@ class World:
         [lease, *_] = await self.sessions.reserve(ask, wait_s=20.0)
         return lease
 
-    def receive(self, requests: AsyncIterator[decode_pb2.HandoffRequest]):
+    def receive(self, requests: AsyncIterator[Incoming]):
         return receive_handoff(self.sessions, requests)
 
     def ready(self, lease: Lease) -> bool:
         return lease.state.value == "ready"
 
-    async def kv_is(self, lease: Lease, sent: list[decode_pb2.HandoffRequest]) -> bool:
+    async def kv_is(self, lease: Lease, sent: list[Outgoing]) -> bool:
         """Whether the cache holds what was sent."""
         engine = self.sessions.engine
 
         def compare() -> bool:
             blocks = engine._allocations[lease.lease_id].blocks
-            spans = [read_kv_frame(message.kv) for message in sent if message.WhichOneof("part") == "kv"]
+            spans = [read_kv_frame(parse_request(one.encoded)) for one in sent if isinstance(one, KvMessage)]
             return all(engine.runner.caches.read(blocks, of) == data for of, data in spans)
 
         return await self.sessions.thread.submit(compare)
@@ -85,7 +86,7 @@ async def receiving(config: Config, ttl_s: float = TTL_S) -> AsyncIterator[World
             sessions.close("the test is over")
 
 
-def random_frames(context: int, pieces: int, text: int, held: int = 0) -> list[decode_pb2.HandoffRequest]:
+def random_frames(context: int, pieces: int, text: int, held: int = 0) -> list[Outgoing]:
     """A whole hand-off with random KV, the same for all contexts of a text; the target's in `pieces` frames by tokens.
     The first `held` tokens' is left out."""
     generator = torch.Generator().manual_seed(text)
@@ -95,29 +96,27 @@ def random_frames(context: int, pieces: int, text: int, held: int = 0) -> list[d
         part = rows[:LAYERS] if of.part is KvPart.TARGET else rows[LAYERS:]
         return part[of.layers[0] : of.layers[1], :, of.tokens[0] : of.tokens[1]].numpy().tobytes()
 
-    messages = []
+    messages: list[Outgoing] = []
     size = -(-(context - held) // pieces)
     for start in range(held, context, size):
         of = span(tokens=(start, min(context, start + size)), layers=(0, LAYERS))
-        messages.append(kv(len(messages), of, data(of)))
+        messages.append(kv_bytes(len(messages), of, data(of)))
     messages.append(draft(len(messages)))
     row = span(KvPart.DRAFT, layers=(0, 1), tokens=(max(1, held), context + 1))
-    messages.append(kv(len(messages), row, data(row)))
+    messages.append(kv_bytes(len(messages), row, data(row)))
     return messages
 
 
-def sender(
-    transport: FakeTransport, lease: Lease, messages: list[decode_pb2.HandoffRequest], stall_s: float = TTL_S
-) -> HandoffSender:
+def sender(transport: FakeTransport, lease: Lease, messages: list[Outgoing], stall_s: float = TTL_S) -> HandoffSender:
     header = decode_pb2.HandoffHeader(lease_id=lease.lease_id, kv_dtype="float32")
 
-    async def computed() -> AsyncGenerator[decode_pb2.HandoffRequest]:
+    async def computed() -> AsyncGenerator[Outgoing]:
         for message in messages:
             yield message
 
     return HandoffSender(transport, "fake", header, computed(), stall_s)
 
 
-async def ship(transport: FakeTransport, lease: Lease, messages: list[decode_pb2.HandoffRequest]) -> HandoffTotals:
+async def ship(transport: FakeTransport, lease: Lease, messages: list[Outgoing]) -> HandoffTotals:
     """Raises RpcFailure."""
     return await sender(transport, lease, messages).run()

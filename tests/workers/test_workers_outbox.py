@@ -6,16 +6,21 @@ import asyncio
 import random
 
 import pytest
-from handoff_messages import draft, kv, span
+from handoff_messages import draft, kv_bytes, span
 
 from branchline.v1 import decode_pb2
+from branchline.wire.kv_codec import KvMessage, Outgoing
 from prefill_worker.outbox import WINDOW_BYTES, HandoffTotals, Outbox
 
 STREAMS, FRAMES = 3, 12
 
 
-def number(message: decode_pb2.HandoffRequest) -> int:
-    return message.kv.index if message.WhichOneof("part") == "kv" else message.draft.index
+def number(message: Outgoing) -> int:
+    return message.index if isinstance(message, KvMessage) else message.draft.index
+
+
+def is_commit(message: Outgoing) -> bool:
+    return not isinstance(message, KvMessage) and message.WhichOneof("part") == "commit"
 
 
 @pytest.mark.parametrize("seed", range(50))
@@ -28,7 +33,7 @@ async def test_every_frame_arrives_however_streams_break(seed: int) -> None:
     for _ in range(100_000):
         match generator.randrange(6):
             case 0 if put < FRAMES:
-                outbox.put(kv(put, span()) if put < FRAMES - 1 else draft(put))
+                outbox.put(kv_bytes(put, span()) if put < FRAMES - 1 else draft(put))
                 put += 1
                 if put == FRAMES:
                     outbox.finish()
@@ -36,7 +41,7 @@ async def test_every_frame_arrives_however_streams_break(seed: int) -> None:
                 stream = generator.randrange(STREAMS)
                 message = outbox.take(stream)
                 arrives = generator.random() < 0.7
-                if message is not None and message.WhichOneof("part") == "commit":
+                if message is not None and is_commit(message):
                     assert message.commit.frames == FRAMES
                     committed = committed or arrives
                     if not arrives:
@@ -69,7 +74,7 @@ async def test_the_window_closes_and_opens_with_bytes() -> None:
     quarter = b"x" * (WINDOW_BYTES // 4)
     for index in range(4):
         assert outbox.has_room
-        outbox.put(kv(index, span(), quarter))
+        outbox.put(kv_bytes(index, span(), quarter))
     assert not outbox.has_room
     assert outbox.backlog == 4
     outbox.take(0)

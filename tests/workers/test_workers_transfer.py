@@ -14,6 +14,7 @@ from fake_transport import FakeTransport, Faults
 from handoff_world import TTL_S, World, random_frames, receiving, ship
 from worker_driver import Tiny, eventually
 
+from branchline.wire.kv_codec import KvMessage
 from branchline.wire.status import RpcFailure
 from decode_worker.flow import WINDOW_FRAMES
 
@@ -40,7 +41,7 @@ async def test_a_handoff_arrives_byte_for_byte(world: World, streams: int) -> No
     lease, messages = await world.lease(CONTEXT), random_frames(CONTEXT, 20, text=1)
     totals = await ship(transport, lease, messages)
     assert (totals.frames, totals.tree_nodes) == (22, 2)
-    assert totals.kv_bytes == sum(len(message.kv.data) for message in messages)
+    assert totals.kv_bytes == sum(one.kv_bytes for one in messages if isinstance(one, KvMessage))
     assert world.ready(lease)
     assert await world.kv_is(lease, messages)
     assert transport.opened == streams

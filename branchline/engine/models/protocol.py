@@ -6,12 +6,13 @@ mask live in the context, so one implementation serves prefill, verification and
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from branchline.core import Fingerprint
+from branchline.core import Fingerprint, KvSpan
 from branchline.engine.models.errors import ModelError as ModelError
 
 
@@ -30,6 +31,10 @@ class KvGeometry:
     @property
     def bytes_per_token(self) -> int:
         return self.num_layers * 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    def size_of(self, span: KvSpan) -> int:
+        """Bytes of a rectangle of it."""
+        return math.prod(span.shape(self.head_dim)) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
