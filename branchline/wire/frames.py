@@ -13,10 +13,10 @@ from branchline.v1 import decode_pb2
 from branchline.wire.kv_codec import PART_TO_PROTO, KvView, kv_checksum
 from branchline.wire.status import RpcFailure
 
-#: Payload of one frame. Each message costs both sides the same whatever its size, in Python and in waking threads: 2 MiB
-#: take a tenth less processor time for a byte than 1 MiB (benchmarks/handoff.py). Larger ones gain little, fall out of
-#: the processor's caches between the sender's steps, and come near gRPC's default receive limit of 4 MiB with framing,
-#: below which any gRPC peer can take part.
+#: Payload of one frame. Each message costs both sides the same whatever its size, in Python and in waking threads, so
+#: 2 MiB take a tenth less processor time for a byte than 1 MiB (benchmarks/handoff.py). Larger ones gain little, fall
+#: out of the processor's caches between the sender's steps, and come near gRPC's default receive limit of 4 MiB with
+#: framing, below which any gRPC peer can take part.
 MAX_FRAME_BYTES = 2 * 1024 * 1024
 
 _PART_FROM_PROTO: dict[int, KvPart] = {value: part for part, value in PART_TO_PROTO.items()}
