@@ -1,4 +1,4 @@
-"""Plain decoding by vLLM's own CPU engine, measured step by step: what `benchmarks/engine.py` is held against.
+"""Plain decoding and prefill by vLLM's own CPU engine: what `benchmarks/engine.py` and `prefill.py` are held against.
 
     echo '{"batch": 1, "output_tokens": 32}' | python benchmarks/engine_vllm.py --context 512 --threads 2
 
@@ -7,7 +7,8 @@ Prompts are random tokens of exactly `--context`; every request decodes `output_
 end-of-sequence token. The clock runs from the step after which every request of the batch has its second token to the
 one with which the first request ends, so start-up, prefill and a shrinking batch drop out. vLLM's scheduler and engine
 core run in this process, as Branchline's decode runner does in its own (in another one they are no faster), and
-nothing is detokenised.
+nothing is detokenised. With `output_tokens` 1 it is prefill that is measured: from the first request that the engine is
+given to the last one's token.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def main() -> None:
     for number, line in enumerate(sys.stdin):
         order = json.loads(line)
         prompts = random_prompts(number, order["batch"], options.context, vocab_size)
-        print(json.dumps(decode(engine, f"{number}", prompts, order["output_tokens"])), file=answers)
+        work = prefill if order["output_tokens"] == 1 else decode
+        print(json.dumps(work(engine, f"{number}", prompts, order["output_tokens"])), file=answers)
 
 
 def parse_options() -> argparse.Namespace:
@@ -89,6 +91,19 @@ def decode(engine: Any, name: str, prompts: list[list[int]], output_tokens: int)
     (began, before), (ended, after) = marks
     assert counts.total() == len(prompts) * output_tokens, counts
     return {"batch": len(prompts), "tokens": after - before, "seconds": ended - began}
+
+
+def prefill(engine: Any, name: str, prompts: list[list[int]], output_tokens: int) -> dict[str, Any]:
+    """Tokens of the prompts, and seconds until each has its first token."""
+    from vllm import SamplingParams, TokensPrompt
+
+    sampling = SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True, detokenize=False)
+    began = time.perf_counter()
+    for index, prompt in enumerate(prompts):
+        engine.add_request(f"{name}-{index}", TokensPrompt(prompt_token_ids=prompt), sampling)
+    while engine.has_unfinished_requests():
+        engine.step()
+    return {"batch": len(prompts), "tokens": sum(map(len, prompts)), "seconds": time.perf_counter() - began}
 
 
 def random_prompts(seed: int, batch: int, length: int, vocab_size: int) -> list[list[int]]:

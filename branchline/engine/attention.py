@@ -24,26 +24,32 @@ class PagedAttention:
         keep: torch.Tensor,
         *,
         depths: torch.Tensor | None = None,
+        line_from: int | None = None,
     ) -> Attention:
         """For queries whose own rows lie at base + offsets.
 
         base, start int64 `[batch]`; ancestors bool `[batch or 1, queries, new]`;
         offsets int64 and keep bool `[batch or 1, queries]`: a query that is not kept writes to the null block. depths
         int64 `[batch or 1, new]`, the new rows' positions less `base`, matters to layers with a sliding window alone;
-        by default the new rows are a line.
+        by default the new rows are a line. `line_from`, where the host knows it: in every sequence the queries are rows
+        from this one on, one after the other, and none sees a later one than itself, so those needn't be looked at.
         """
         visibility = Visibility.of(base, start, ancestors, offsets, depths)
         slots = slots_of(block_tables.ids, base[:, None] + offsets, cache.block_size)
         slots = null_unless(keep, slots).reshape(-1)
-        return implementation(cache, block_tables, slots, visibility)
+        return implementation(cache, block_tables, slots, visibility, line_from)
 
 
 def implementation(
-    cache: PagedKvCache, block_tables: BlockTables, slots: torch.Tensor, visibility: Visibility
+    cache: PagedKvCache,
+    block_tables: BlockTables,
+    slots: torch.Tensor,
+    visibility: Visibility,
+    line_from: int | None = None,
 ) -> Attention:
     """The attention of a pass, on the cache's device."""
     if cache.storage.is_cuda:
         from branchline.engine.triton_attention import TritonAttention  # triton exists on GPU machines alone
 
         return TritonAttention(cache, block_tables.ids, slots, visibility)
-    return TorchAttention(cache, block_tables, slots, visibility)
+    return TorchAttention(cache, block_tables, slots, visibility, line_from)

@@ -233,6 +233,7 @@ class PrefillRunner:
             triangle,
             offsets,
             torch.ones_like(offsets, dtype=torch.bool),
+            line_from=start,
         )
 
     def _skip_to(self, task: PrefillTask, blocks: int) -> None:

@@ -25,15 +25,21 @@ GROUP = 8
 class TorchAttention:
     """One forward pass's attention; implements `protocol.Attention`.
 
-    slots int64 `[batch * queries]`: where each query's K and V go.
+    slots int64 `[batch * queries]`: where each query's K and V go. `line_from`: see `PagedAttention.over`.
     """
 
     def __init__(
-        self, cache: PagedKvCache, block_tables: BlockTables, slots: torch.Tensor, visibility: Visibility
+        self,
+        cache: PagedKvCache,
+        block_tables: BlockTables,
+        slots: torch.Tensor,
+        visibility: Visibility,
+        line_from: int | None = None,
     ) -> None:
         assert slots.shape[0] == visibility.batch * visibility.queries, (slots.shape, visibility)
         self.cache = cache
         self.visibility = visibility
+        self._line_from = line_from
         self._places = cache.places(slots)
         self._rows = block_tables.ids.shape[1] * cache.block_size
         firsts = range(0, block_tables.batch, GROUP)
@@ -53,8 +59,9 @@ class TorchAttention:
             keys, values = self.cache.gather(layer, ids.reshape(-1), len(ids))
             for tile in range(0, queries, TILE):
                 part = (slice(first, first + GROUP), slice(tile, tile + TILE))
-                seen = bias[part[0], :, part[1], : keys.shape[1]]
-                mixed[part] = _attend(by_query[part], keys, values, seen)
+                rows = keys.shape[1] if self._line_from is None else min(keys.shape[1], self._line_from + tile + TILE)
+                seen = bias[part[0], :, part[1], :rows]
+                mixed[part] = _attend(by_query[part], keys[:, :rows], values[:, :rows], seen)
         return mixed.view(query.shape)
 
     def _bias(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:

@@ -59,7 +59,7 @@ class Problem:
         self.query = draw(batch * queries, shape.kv_heads * shape.group, shape.head_dim)
         self.key, self.value = draw(2, batch * queries, shape.kv_heads, shape.head_dim)
 
-    def attention(self, keep: list[bool] | None = None) -> Attention:
+    def attention(self, keep: list[bool] | None = None, line_from: int | None = None) -> Attention:
         """By default every query's K and V are written."""
         lines = [[path_to(parents, node) for node in range(self.shape.nodes)] for parents in self.parents]
         ancestors = torch.zeros(len(lines), self.shape.queries, self.shape.nodes, dtype=torch.bool)
@@ -76,6 +76,7 @@ class Problem:
             torch.tensor([self.offsets], device=self.device),
             torch.tensor(keep or [True] * len(lines), device=self.device)[:, None].expand(-1, self.shape.queries),
             depths=depths.to(self.device),
+            line_from=line_from,
         )
 
     @property

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from branchline.engine.attention import PagedAttention
-from branchline.engine.cache import BlockTables, PagedKvCache
+from branchline.engine.cache import BlockTables, PagedKvCache, slots_of
 from branchline.engine.models.protocol import KvGeometry
-from branchline.engine.torch_attention import GROUP
+from branchline.engine.torch_attention import GROUP, TorchAttention
 from branchline.engine.visibility import MASKED, Visibility
 
 CPU = torch.device("cpu")
@@ -46,6 +46,24 @@ def test_a_drafting_level_sees_its_ancestors_in_the_cache(window: int | None) ->
 @pytest.mark.parametrize("window", [None, 50])
 def test_a_chunk_of_a_prompt(window: int | None) -> None:
     check(Shape(bases=(33,), nodes=130, tree="chain", block_size=16, window=window), CPU)
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("base", [0, 33])
+def test_rows_that_no_query_of_a_tile_sees_are_left_out(base: int, window: int | None) -> None:
+    """A chunk is a line: what is said of it changes nothing but the work, tile by tile."""
+    problem = Problem(Shape(bases=(base,), nodes=200, tree="chain", block_size=16, window=window), CPU)
+    given = (problem.query, problem.key, problem.value)
+    whole = problem.attention().attend(1, *given, window=window)
+    attention = problem.attention(line_from=base)
+    torch.testing.assert_close(attention.attend(1, *given, window=window), whole)
+    assert isinstance(attention, TorchAttention)
+    problem.cache.storage[1, :, :, slots_of(problem.table, torch.tensor([[base + 130]]), 16)] = torch.inf
+    attention._places = attention._places[:0]  # the cache is as it was, but for a row that the first tiles don't see
+    nothing = given[1][:0]
+    again = attention.attend(1, problem.query, nothing, nothing, window=window)
+    assert torch.isfinite(again[:128]).all()
+    assert not torch.isfinite(again[140:]).all()
 
 
 def test_a_batch_is_read_as_far_as_each_group_of_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
