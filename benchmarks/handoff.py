@@ -19,8 +19,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ from branchline.wire.kv_codec import KvDraft, KvMessage, Outgoing
 from branchline.wire.memory import keep_large_buffers
 from branchline.wire.transfer import GrpcTransport
 from prefill_worker.handoff import HandoffSender
-from prefill_worker.jobs import EXPORT_BYTES
+from prefill_worker.jobs import exported
 
 #: Tokens that prefill computes at once: KV becomes available in pieces of that size.
 CHUNK = 512
@@ -128,15 +129,14 @@ class Rig:
             extent = (start, min(start + CHUNK, tokens))
             whole = KvSpan(KvPart.TARGET, (0, geometry.num_layers), (0, geometry.num_kv_heads), extent)
             spans = split_span(whole, geometry.bytes_per_token // geometry.num_layers)
-            batch = max(1, len(spans) * EXPORT_BYTES // (geometry.bytes_per_token * (extent[1] - extent[0])))
-            for at in range(0, len(spans), batch):
-                pieces = spans[at : at + batch]
-                for message in await self.thread.submit(self._export, blocks, index, pieces):
-                    yield message
-                index += len(pieces)
+            async for message in exported(
+                self.thread, partial(self._export, blocks), index, spans, geometry.size_of(whole)
+            ):
+                yield message
+                index += 1
         yield decode_pb2.HandoffRequest(draft=tree_to_proto(DraftTree(), index=index, first_token=1))
 
-    def _export(self, blocks: list[int], first: int, pieces: list[KvSpan]) -> list[KvMessage]:
+    def _export(self, blocks: list[int], first: int, pieces: Sequence[KvSpan]) -> list[KvMessage]:
         kv = self.caches.target_kv
         drafts = [KvDraft(number, span, kv.size_of(span)) for number, span in enumerate(pieces, first)]
         filled = self.caches.read_into(blocks, [(draft.span, draft.data) for draft in drafts])

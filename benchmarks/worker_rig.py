@@ -166,7 +166,7 @@ async def _collect(tokens: Any, recording: Recording) -> None:
 
 @contextlib.asynccontextmanager
 async def workers(config: Config, progress: Callable[[str], None]) -> AsyncIterator[WorkerRig]:
-    """Both loaded; the decode worker gets the last core, this process keeps the others."""
+    """Both loaded; the decode worker gets the first core, this process keeps the others."""
 
     def build() -> PrefillLoop:
         models, tree = assemble(config, progress)
@@ -174,9 +174,9 @@ async def workers(config: Config, progress: Callable[[str], None]) -> AsyncItera
 
     cores = sorted(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory(prefix="branchline-") as directory:
-        os.sched_setaffinity(0, cores[-1:])  # inherited
+        os.sched_setaffinity(0, cores[:1])  # inherited
         process = Process("decode_worker", config, Path(directory), "decode")
-        os.sched_setaffinity(0, cores[:-1] or cores)
+        os.sched_setaffinity(0, cores[1:] or cores)
         try:
             async with hosted_engine("prefill-engine", build, asyncio.Event()) as host:
                 assert host is not None

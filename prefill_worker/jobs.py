@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import grpc
 
@@ -23,6 +25,8 @@ from prefill_worker.engine_loop import Computed, Drafted, Event, Failed, FirstTo
 #: Bytes that one command to the engine exports. A quarter of the window, so that one part is sent while the next is
 #: exported.
 EXPORT_BYTES = 4 << 20
+#: Such commands at once: with the window, what a hand-off may hold in memory.
+EXPORTS_AHEAD = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,15 +132,10 @@ class PrefillJob:
         if start >= end:
             return
         whole = KvSpan(part, (0, geometry.num_layers), (0, geometry.num_kv_heads), (start, end))
-        per_layer_token = geometry.bytes_per_token // geometry.num_layers
-        spans = split_span(whole, per_layer_token)
-        # All pieces but the last ones are about the same size: a batch is a number of them.
-        batch = max(1, len(spans) * EXPORT_BYTES // (geometry.bytes_per_token * (end - start)))
-        for at in range(0, len(spans), batch):
-            pieces = spans[at : at + batch]
-            # Not a bulk command: each job has one at a time, and a cancellation behind it shouldn't wait for a chunk.
-            for message in await self._thread.submit(self._engine.export, self._id, first + at, pieces):
-                yield message
+        spans = split_span(whole, geometry.bytes_per_token // geometry.num_layers)
+        whole_bytes = geometry.size_of(whole)
+        async for message in exported(self._thread, partial(self._engine.export, self._id), first, spans, whole_bytes):
+            yield message
 
     def _on_engine_event(self, event: Event) -> None:
         """On the engine's thread."""
@@ -151,6 +150,35 @@ class PrefillJob:
                 if not first.done():
                     first.set_result(event)
         self._events.put_nowait(event)
+
+
+async def exported(
+    thread: EngineThread,
+    export: Callable[[int, Sequence[KvSpan]], list[KvMessage]],
+    first: int,
+    spans: Sequence[KvSpan],
+    whole_bytes: int,
+) -> AsyncGenerator[KvMessage]:
+    """The frames of `spans`, of `whole_bytes` in all, numbered from `first`; `export` makes some of them on the thread.
+
+    Several commands are under way at once: a chunk leaves at one border between two steps, not a part at each.
+    """
+    # All pieces but the last ones are about the same size: a command takes a number of them.
+    batch = max(1, len(spans) * EXPORT_BYTES // whole_bytes)
+    waiting: deque[asyncio.Future[list[KvMessage]]] = deque()
+    try:
+        for at in range(0, len(spans), batch):
+            # Not a bulk command: there are few at a time, and a cancellation behind them shouldn't wait for a chunk.
+            waiting.append(thread.submit(export, first + at, spans[at : at + batch]))
+            if len(waiting) == EXPORTS_AHEAD:
+                for message in await waiting.popleft():
+                    yield message
+        while waiting:
+            for message in await waiting.popleft():
+                yield message
+    finally:
+        for export_under_way in waiting:
+            export_under_way.cancel()
 
 
 def failure(reason: str) -> RpcFailure:
