@@ -27,7 +27,7 @@ from decode_worker.sessions import Sessions
 
 #: Frames after which there is an acknowledgement; an earlier one when nothing has been under way for so many seconds.
 #: Each costs both sides as much as a small frame, and while frames come fast there is always a next one.
-ACKNOWLEDGE_FRAMES = 4
+ACKNOWLEDGE_FRAMES = 2
 ACKNOWLEDGE_AFTER_S = 0.01
 
 

@@ -22,11 +22,13 @@ from branchline.wire.kv_codec import KvMessage, Outgoing, kv_message
 from branchline.wire.status import RpcFailure
 from prefill_worker.engine_loop import Computed, Drafted, Event, Failed, FirstToken, PrefillLoop
 
-#: Bytes that one command to the engine exports. A quarter of the window, so that one part is sent while the next is
+#: Bytes that one command to the engine exports. A part of the window, so that one part is sent while the next is
 #: exported.
 EXPORT_BYTES = 4 << 20
 #: Such commands at once: with the window, what a hand-off may hold in memory.
 EXPORTS_AHEAD = 4
+#: More than such a command takes, and less than most steps.
+EXPORT_S = 0.003
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +163,8 @@ async def exported(
 ) -> AsyncGenerator[KvMessage]:
     """The frames of `spans`, of `whole_bytes` in all, numbered from `first`; `export` makes some of them on the thread.
 
-    Several commands are under way at once: a chunk leaves at one border between two steps, not a part at each.
+    While the engine computes, several commands wait for it: a chunk leaves at one border between two steps, not a part
+    at each. While it doesn't, there is one at a time: frames that nobody sends yet only fall out of the caches.
     """
     # All pieces but the last ones are about the same size: a command takes a number of them.
     batch = max(1, len(spans) * EXPORT_BYTES // whole_bytes)
@@ -170,7 +173,7 @@ async def exported(
         for at in range(0, len(spans), batch):
             # Not a bulk command: there are few at a time, and a cancellation behind them shouldn't wait for a chunk.
             waiting.append(thread.submit(export, first + at, spans[at : at + batch]))
-            if len(waiting) == EXPORTS_AHEAD:
+            while waiting and (len(waiting) == EXPORTS_AHEAD or await _soon(waiting[0])):
                 for message in await waiting.popleft():
                     yield message
         while waiting:
@@ -179,6 +182,12 @@ async def exported(
     finally:
         for export_under_way in waiting:
             export_under_way.cancel()
+
+
+async def _soon(command: asyncio.Future[list[KvMessage]]) -> bool:
+    """Whether the engine is at commands, and not in a step."""
+    done, _ = await asyncio.wait({command}, timeout=EXPORT_S)
+    return bool(done)
 
 
 def failure(reason: str) -> RpcFailure:

@@ -11,8 +11,9 @@ from branchline.wire.pulse import Pulse
 from branchline.wire.seals import seal
 from branchline.wire.transfer import MAX_AHEAD
 
-#: Bytes of KV in hand that are not acknowledged, over all streams.
-WINDOW_BYTES = 16 << 20
+#: Bytes of KV in hand that are not acknowledged, over all streams. Twice what is acknowledged at once; more only means
+#: that each frame has left the processor's caches before its next copy.
+WINDOW_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
