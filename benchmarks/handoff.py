@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -144,12 +145,17 @@ class Rig:
 
 
 @contextlib.asynccontextmanager
-async def connected(shape: str) -> AsyncIterator[Rig]:
-    """A rig with a peer; their caches hold one and two of the longest contexts."""
+async def connected(shape: str, *, pin: bool) -> AsyncIterator[Rig]:
+    """A rig with a peer, each on half of the cores if they are to be pinned; their caches hold one and two of the
+    longest contexts."""
     models = kv_models(shape)
     cache_mib = 2 * models.target.spec.kv.bytes_per_token * (MAX_TOKENS + 512) // 2**20 + 2
     command = [sys.executable, "-m", "benchmarks.handoff_peer", shape, str(cache_mib)]
+    cores = sorted(os.sched_getaffinity(0))
+    half = len(cores) // 2 if pin else 0
+    os.sched_setaffinity(0, cores[half:])  # inherited
     peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    os.sched_setaffinity(0, cores[:half] or cores)
     thread = EngineThread("prefill-engine")
     try:
         assert peer.stdout is not None
@@ -166,12 +172,13 @@ async def connected(shape: str) -> AsyncIterator[Rig]:
         await thread.stop(TIMEOUT_S)
         peer.kill()
         peer.wait()
+        os.sched_setaffinity(0, cores)
 
 
 async def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for shape in options.shape:
-        async with connected(shape) as rig:
+        async with connected(shape, pin=options.pin) as rig:
             per_token = rig.caches.target_kv.bytes_per_token
             for tokens in options.tokens:
                 for streams in options.streams:
@@ -245,6 +252,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", nargs="+", type=int, default=[128, 512, 2048, 8192])
     parser.add_argument("--streams", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--pin", action="store_true", help="each process on half of the cores, as workers are")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(argv)
     keep_large_buffers()
@@ -252,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
     print(HEAD)
     rows = asyncio.run(measure(options))
     if options.out is not None:
-        settings = {"rounds": options.rounds, "chunk": CHUNK, "frame_bytes": MAX_FRAME_BYTES}
+        settings = {"pinned": options.pin, "rounds": options.rounds, "chunk": CHUNK, "frame_bytes": MAX_FRAME_BYTES}
         result = {"machine": facts(), "settings": settings, "results": rows}
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -128,16 +128,16 @@ async def first_steps(rig: WorkerRig, prompts: list[tuple[int, ...]], max_tokens
         # Two standard errors of each of the two means.
         "within_noise": abs(statistics.mean(first) - statistics.mean(later))
         <= 2 * math.hypot(_error(first), _error(later)),
-        "same_place_within_noise": abs(statistics.mean(difference)) <= 2 * _error(difference),
+        "same_place_within_noise": abs(statistics.fmean(difference or [0])) <= 2 * _error(difference),
     }
 
 
 def _error(values: Sequence[float]) -> float:
-    return statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def _mean(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": round(statistics.mean(values), 3), "standard_error": round(_error(values), 3), "steps": len(values)}
+    return {"mean": round(statistics.fmean(values or [0]), 3), "standard_error": round(_error(values), 3), "steps": len(values)}
 
 
 async def repeated_prompt(rig: WorkerRig) -> dict[str, Any]:
