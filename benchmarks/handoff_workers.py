@@ -137,7 +137,8 @@ def _error(values: Sequence[float]) -> float:
 
 
 def _mean(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": round(statistics.fmean(values or [0]), 3), "standard_error": round(_error(values), 3), "steps": len(values)}
+    mean = round(statistics.fmean(values or [0]), 3)
+    return {"mean": mean, "standard_error": round(_error(values), 3), "steps": len(values)}
 
 
 async def repeated_prompt(rig: WorkerRig) -> dict[str, Any]:

