@@ -34,7 +34,7 @@ from branchline.wire.kv_codec import KvMessage, Outgoing
 from branchline.wire.transfer import GrpcTransport, Stream
 from prefill_worker.engine_loop import PrefillLoop
 from prefill_worker.handoff import HandoffSender
-from prefill_worker.jobs import PrefillJob
+from prefill_worker.jobs import PrefillJob, Shipment
 
 TIMEOUT_S = 60.0
 LOAD_S = 300.0
@@ -117,7 +117,7 @@ class WorkerRig:
         )
         assert (await tokens.read()).WhichOneof("event") == "attached"
         recording = self._recording = Recording()
-        job = PrefillJob(next(self._numbers), request, 1, ship_draft, 0.0, self._thread, self.engine)
+        job = PrefillJob(next(self._numbers), request, Shipment(drafts=ship_draft), 0.0, self._thread, self.engine)
         try:
             await job.begin()
             dtype = str(self.engine.runner.target_kv.dtype).removeprefix("torch.")

@@ -91,6 +91,7 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServiceServicer):
                 return
             if self.fail_after_first:
                 raise self.fail_after_first
+            await asyncio.sleep(0.02)  # as long as a quick hand-off takes: the gateway hears of these tokens first
             await self._hand_off(request, firsts)
             yield prefill_pb2.PrefillResponse(handed_off=prefill_pb2.HandedOff(frames=1))
         finally:

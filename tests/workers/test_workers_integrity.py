@@ -17,6 +17,7 @@ from handoff_world import random_frames, receiving, ship
 from worker_driver import Driver, Tiny, code_of, drain, eventually, running_workers
 
 from branchline.v1 import decode_pb2, types_pb2
+from branchline.wire.kv_codec import Incoming, part_of
 from branchline.wire.status import RpcFailure
 from decode_worker.handoff import ACKNOWLEDGE_FRAMES
 
@@ -106,15 +107,16 @@ async def test_a_broken_stream_goes_on_at_the_last_acknowledged_frame(tiny: Tiny
 
     async with receiving(tiny.config()) as world:
 
-        async def receive(requests: AsyncIterator[decode_pb2.HandoffRequest]):
+        async def receive(requests: AsyncIterator[Incoming]):
             sent, heard = [], []
             carried.append(sent)
             answers.append(heard)
 
-            async def noted() -> AsyncIterator[decode_pb2.HandoffRequest]:
+            async def noted() -> AsyncIterator[Incoming]:
                 async for request in requests:
-                    if (part := request.WhichOneof("part")) in ("kv", "draft"):
-                        sent.append(getattr(request, part).index)
+                    name, part = part_of(request)
+                    if name in ("kv", "draft"):
+                        sent.append(part.index)
                     yield request
 
             async with contextlib.aclosing(world.receive(noted())) as responses:
@@ -143,11 +145,12 @@ async def test_frames_come_twice_and_in_any_order_over_several_streams(tiny: Tin
 
     async with receiving(tiny.config()) as world:
 
-        async def receive(requests: AsyncIterator[decode_pb2.HandoffRequest]):
-            async def noted() -> AsyncIterator[decode_pb2.HandoffRequest]:
+        async def receive(requests: AsyncIterator[Incoming]):
+            async def noted() -> AsyncIterator[Incoming]:
                 async for request in requests:
-                    if (part := request.WhichOneof("part")) in ("kv", "draft"):
-                        came.append(getattr(request, part).index)
+                    name, part = part_of(request)
+                    if name in ("kv", "draft"):
+                        came.append(part.index)
                     yield request
 
             async with contextlib.aclosing(world.receive(noted())) as responses:

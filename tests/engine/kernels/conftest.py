@@ -29,7 +29,9 @@ def cut(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int, int], None]:
 
     def choose(queries: int, rows: int, splits: int) -> None:
         tiling = Tiling(queries, rows, splits, warps=4)
-        make = lambda cache, tables, *rest: TritonAttention(cache, tables.ids, *rest, tiling)  # noqa: E731
+        make = lambda cache, tables, slots, visibility, _: TritonAttention(  # noqa: E731
+            cache, tables.ids, slots, visibility, tiling
+        )
         monkeypatch.setattr(attention, "implementation", make)
 
     return choose
