@@ -41,9 +41,11 @@ class TinyModel:
     def config(self, **flags: Any) -> Config:
         """One worker of each role, a float32 engine with few blocks, impatient timeouts; flags are laid over."""
         model = {"model": str(self.model), "draft": str(self.head), "dtype": "float32", "provider": "reference"}
+        engine = {"kv_cache_mib": 48, "max_batch": 8, "prefill_chunk_tokens": 64, "threads": 1}
         sections = {
             "model": model | {"device": "cpu", "tree": TREE},
-            "engine": {"kv_cache_mib": 48, "max_batch": 8, "prefill_chunk_tokens": 64, "threads": 1},
+            # Trees that follow the load would make what is drafted depend on the clock.
+            "engine": engine | {"adaptive_tree": False},
             "prefill": {"lease_ttl_s": 3.0},
             "decode": {"lease_ttl_s": 3.0},
             "gateway": {"request_timeout_s": 60.0},

@@ -14,8 +14,8 @@ from branchline.client import AsyncClient, DeadlineExceededError, OverloadedErro
 pytestmark = [pytest.mark.wire, pytest.mark.timeout(240)]
 
 LARGE = {"prompt": "a bad cab " * 80, "max_tokens": 400, "ignore_eos": True}
-#: Together with a large one its prompt alone is too much.
-HUGE = {"prompt": "a bad cab " * 190, "max_tokens": 100, "ignore_eos": True}
+#: Together with a large one its prompt alone is too much; they share no beginning.
+HUGE = {"prompt": "cab a bad " * 190, "max_tokens": 100, "ignore_eos": True}
 SMALL = {"prompt": "fade a lamb", "max_tokens": 30, "ignore_eos": True}
 
 

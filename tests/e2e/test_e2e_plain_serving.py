@@ -42,8 +42,7 @@ class Served:
 def served(
     request: pytest.FixtureRequest, tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
-    # Without adaptive trees, so that what is drafted doesn't depend on the clock.
-    flags = {"model.tree": request.param, "decode.replicas": 2, "engine.adaptive_tree": False}
+    flags = {"model.tree": request.param, "decode.replicas": 2}
     if request.param == "none":
         flags["model.draft"] = "none"
     with running_fleet(tiny.config(**flags), tmp_path_factory.mktemp("fleet")) as fleet:
