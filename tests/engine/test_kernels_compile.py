@@ -77,7 +77,8 @@ def launches(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> dict[str, CompileOnLaunch]:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(attention, "implementation", lambda _: triton_attention.TritonAttention)
+    make = lambda cache, tables, *rest: triton_attention.TritonAttention(cache, tables.ids, *rest[:2])  # noqa: E731
+    monkeypatch.setattr(attention, "implementation", make)
     monkeypatch.setattr(triton_attention, "multiprocessors", lambda _: 132)
     kernels = {}
 
