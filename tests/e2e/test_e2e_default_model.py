@@ -47,7 +47,12 @@ def expected(questions: list[str]) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def client(expected: list[list[int]]) -> Iterator[Client]:  # noqa: ARG001 - transformers has had the machine to itself
-    settings = {"model.dtype": "float32", "model.provider": "reference", "model.device": "cpu"}
+    settings = {
+        "model.dtype": "float32",
+        "model.provider": "reference",
+        "model.device": "cpu",
+        "engine.adaptive_tree": False,  # it may rightly draft nothing where that is faster
+    }
     with LocalSystem(Config().override(**settings), START_S) as system, Client(system.address) as client:
         yield client
         wait_until_idle(client)
