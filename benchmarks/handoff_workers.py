@@ -2,7 +2,7 @@
 
     python -m benchmarks.handoff_workers --out benchmarks/results/handoff-workers-cpu.json
 
-Three things, over a prefill engine in this process and a decode worker in another, with nothing else to do:
+Four things, over a prefill engine in this process and a decode worker in another, with nothing else to do:
 
 - the timeline of a long prompt: when each chunk was computed, exported and sent, and when decode was READY, in the JSON
   and as a picture beside it. The target: READY at most a quarter of a chunk's time behind prefill's end, which is when
@@ -10,7 +10,8 @@ Three things, over a prefill engine in this process and a decode worker in anoth
 - tokens per decode step: in the first step after the hand-off, in the later ones, and, for a comparison at the same
   place of the same text, in a step in the middle of the answer beside that step after a hand-off right there, with
   draft KV and without (a cold drafter);
-- a system prompt that comes again: how many tokens are prefilled.
+- a system prompt that comes again: how many tokens are prefilled;
+- a second turn of a chat: how many tokens' KV is sent, and how long it takes from its hand-off's begin to READY.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ PROMPTS = Path(__file__).parent / "data/spec_bench_dev.jsonl"
 CHUNK = 512
 #: READY behind prefill's end, in chunks.
 TARGET = 0.25
-SYSTEM_TOKENS, USER_TOKENS = 1024, 64
+SYSTEM_TOKENS, USER_TOKENS, ANSWER_TOKENS = 1024, 64, 24
 
 
 async def timeline(rig: WorkerRig, tokens: int, rounds: int) -> tuple[dict[str, Any], Recording]:
@@ -61,7 +62,7 @@ async def timeline(rig: WorkerRig, tokens: int, rounds: int) -> tuple[dict[str, 
         "by_round": [round(share, 3) for share in shares],
         "at_most": TARGET,
         "met": statistics.median(shares) <= TARGET,
-        "kv_mib": round(sum(size for *_, size in chosen.sends) / 2**20, 1),
+        "kv_mib": round(chosen.kv_bytes / 2**20, 1),
         "sent_before_prefill_ended": round(_sent_by(chosen, chosen.passes[-1][1]), 3),
         "round_shown_ms": {
             "chunks": _bars(chosen.passes),
@@ -79,7 +80,7 @@ def _behind(one: Recording) -> float:
 
 def _sent_by(one: Recording, at: float) -> float:
     """The share of the KV that gRPC had taken."""
-    return sum(size for _, end, size in one.sends if end <= at) / sum(size for *_, size in one.sends)
+    return sum(size for _, end, size in one.sends if end <= at) / one.kv_bytes
 
 
 def _ms(seconds: float) -> float:
@@ -156,8 +157,39 @@ async def repeated_prompt(rig: WorkerRig) -> dict[str, Any]:
     return {"system_tokens": SYSTEM_TOKENS, "user_tokens": USER_TOKENS, "prefilled_tokens": prefilled, "once": once}
 
 
+async def second_turn(rig: WorkerRig, rounds: int) -> dict[str, Any]:
+    """A long first turn, its answer, and a short second turn behind them; medians over rounds."""
+    from branchline.core import Request
+
+    vocabulary, generator = rig.engine.models.target.spec.vocab_size, random.Random(11)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(generator.randrange(vocabulary) for _ in range(count))
+
+    turns: list[tuple[Recording, Recording]] = []
+    lengths = []
+    for number in range(rounds):
+        opening = Request(f"turn-1-{number}", tokens(SYSTEM_TOKENS), ANSWER_TOKENS)
+        first = await rig.run(opening, reuse=True)
+        answer = (first.first_token, *(token for step in first.steps for token in step))
+        reply = Request(f"turn-2-{number}", opening.prompt + answer + tokens(USER_TOKENS), ANSWER_TOKENS)
+        turns.append((first, await rig.run(reply, reuse=True)))
+        lengths.append(len(reply.prompt))
+    held = [second.held_tokens for _, second in turns]
+    mib = [round(statistics.median(turn[place].kv_bytes for turn in turns) / 2**20, 2) for place in (0, 1)]
+    ready = [_ms(statistics.median(turn[place].ready for turn in turns)) for place in (0, 1)]
+    return {
+        "first_turn_tokens": SYSTEM_TOKENS,
+        "second_turn_tokens": lengths,
+        "held_tokens": held,
+        "kv_mib": mib,
+        "ready_ms": ready,
+    }
+
+
 def table(result: dict[str, Any]) -> str:
     overlap, steps, repeated = result["timeline"], result["first_steps"], result["repeated_prompt"]
+    turns = result["second_turn"]
     same = steps["same_place"]
 
     def mean(of: dict[str, float]) -> str:
@@ -178,6 +210,9 @@ def table(result: dict[str, Any]) -> str:
             f"  the same without draft KV            {mean(same['after_handoff_without_draft_kv'])}",
             f"a system prompt of {repeated['system_tokens']} tokens with {repeated['user_tokens']} others behind it, "
             f"three times: {repeated['prefilled_tokens']} tokens prefilled",
+            f"a first turn of {turns['first_turn_tokens']} tokens: {turns['kv_mib'][0]} MiB of KV, READY after "
+            f"{turns['ready_ms'][0]} ms; the second, of {turns['second_turn_tokens'][0]} tokens with "
+            f"{turns['held_tokens'][0]} of them held: {turns['kv_mib'][1]} MiB, {turns['ready_ms'][1]} ms",
         ]
     )
 
@@ -213,6 +248,7 @@ async def measure(options: argparse.Namespace) -> tuple[dict[str, Any], Recordin
             "timeline": overlap,
             "first_steps": await first_steps(rig, prompts, options.max_tokens),
             "repeated_prompt": await repeated_prompt(rig),
+            "second_turn": await second_turn(rig, options.rounds),
         }
     return result, shown
 

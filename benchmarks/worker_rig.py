@@ -48,6 +48,8 @@ class Recording:
     """One request: what was computed, exported and sent when, and the tokens of each decode step."""
 
     began: float = field(default_factory=time.perf_counter)
+    #: Leading tokens of the context that the decode worker had already.
+    held_tokens: int = 0
     passes: list[Extent] = field(default_factory=list)
     drafts: list[Extent] = field(default_factory=list)
     exports: list[Extent] = field(default_factory=list)
@@ -55,6 +57,11 @@ class Recording:
     ready: float = 0.0
     first_token: int = -1
     steps: list[tuple[int, ...]] = field(default_factory=list)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Sent, of target and draft head."""
+        return sum(size for *_, size in self.sends)
 
     def now(self) -> float:
         return time.perf_counter() - self.began
@@ -109,15 +116,18 @@ class WorkerRig:
         engine: Any = self.engine
         engine.export = self._timed(engine.export, lambda: self._recording.exports)
 
-    async def run(self, request: Request, *, ship_draft: bool = True) -> Recording:
-        """Prefill, hand-off and decoding of one request to its end, with nothing else under way."""
-        lease_id = await self._reserve(request)
+    async def run(self, request: Request, *, ship_draft: bool = True, reuse: bool = False) -> Recording:
+        """Prefill, hand-off and decoding of one request to its end, with nothing else under way. `reuse`: the decode
+        worker may take what it still has of the context, and keeps this one's."""
+        lease = await self._reserve(request, reuse)
+        lease_id = lease.lease_id
         tokens = self._stub.Attach(
             decode_pb2.AttachRequest(lease_id=lease_id, request=request_to_proto(request)), timeout=TIMEOUT_S
         )
         assert (await tokens.read()).WhichOneof("event") == "attached"
-        recording = self._recording = Recording()
-        job = PrefillJob(next(self._numbers), request, Shipment(drafts=ship_draft), 0.0, self._thread, self.engine)
+        recording = self._recording = Recording(held_tokens=lease.held_tokens)
+        shipment = Shipment(drafts=ship_draft, held_tokens=lease.held_tokens)
+        job = PrefillJob(next(self._numbers), request, shipment, 0.0, self._thread, self.engine)
         try:
             await job.begin()
             dtype = str(self.engine.runner.target_kv.dtype).removeprefix("torch.")
@@ -129,7 +139,7 @@ class WorkerRig:
             await job.release()
         return recording
 
-    async def _reserve(self, request: Request) -> str:
+    async def _reserve(self, request: Request, reuse: bool) -> decode_pb2.ReserveResponse:
         ask = decode_pb2.ReserveRequest(
             request_id=f"{request.request_id}-{next(self._numbers)}",
             context_length=len(request.context),
@@ -137,9 +147,10 @@ class WorkerRig:
             fingerprint=fingerprint_to_proto(self.engine.models.fingerprint),
             attempt=1,
             wait_ms=10_000,
+            context=request.context if reuse else (),
         )
-        lease_id: str = (await self._stub.Reserve(ask, timeout=TIMEOUT_S)).lease_id
-        return lease_id
+        lease: decode_pb2.ReserveResponse = await self._stub.Reserve(ask, timeout=TIMEOUT_S)
+        return lease
 
     def _timed(self, function: Callable[..., Any], extents: Callable[[], list[Extent]]) -> Callable[..., Any]:
         @functools.wraps(function)

@@ -36,6 +36,10 @@ def test_real_workers_leave_a_timeline_and_its_picture(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     result = json.loads(out.read_text())
     assert result["repeated_prompt"]["once"]
+    turns = result["second_turn"]
+    [length], [held] = turns["second_turn_tokens"], turns["held_tokens"]
+    assert turns["first_turn_tokens"] <= held < length, "a second turn was shipped whole"
+    assert turns["kv_mib"][1] < turns["kv_mib"][0] / 5
     shown = result["timeline"]["round_shown_ms"]
     assert len(shown["chunks"]) == 3
     assert len(shown["draft_tree"]) == 1
