@@ -115,6 +115,9 @@ class WorkerConfig:
     port: int = 0
     num_cpus: float = 1.0
     num_gpus: float = 0.0
+    #: A custom resource of Ray, of which each worker claims one: it goes to a node that offers it. Such nodes offer
+    #: one for each worker that they are meant to have; a fixed port is then the same for all and doesn't count up.
+    resource: str = ""
     #: Seconds that an unused lease keeps its blocks (decode), or that a hand-off may stall (prefill).
     lease_ttl_s: float = 10.0
 
@@ -152,6 +155,8 @@ class GatewayConfig:
     tool_parser: str = ""
     reasoning_parser: str = ""
     num_cpus: float = 1.0
+    #: As for workers.
+    resource: str = ""
     prefill_workers: tuple[str, ...] = ()
     decode_workers: tuple[str, ...] = ()
     #: Deadline of a request that brings none.

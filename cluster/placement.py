@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,8 @@ class Seat:
     num_gpus: float
     #: Cores to be pinned to; empty for no pinning.
     cores: tuple[int, ...] = ()
+    #: The custom resource that it claims one of; empty for none.
+    resource: str = ""
 
     @property
     def name(self) -> str:
@@ -54,7 +57,8 @@ def plan(config: Config, cores: Sequence[int] = (), serve_paths: Mapping[str, st
 
     `cores` are those that a local Ray may use: with enough of them each CPU worker gets its own. On a Ray that
     others use too (no cores given) nothing is pinned, and a worker computes with as many threads as it claims CPUs.
-    A fixed port belongs to a role's first actor; the next ones count up from it.
+    A fixed port belongs to a role's first actor; the next ones count up from it. With a custom resource all have the
+    same: each is on a node of its own.
     """
     shares = _share_cores(config, cores)
     seats = []
@@ -67,12 +71,12 @@ def plan(config: Config, cores: Sequence[int] = (), serve_paths: Mapping[str, st
             pinned = shares.get((role, index), ())
             usable = len(pinned or cores) or math.floor(part.num_cpus)
             threads = config.engine.threads_for(role, usable, shared=bool(cores) and not pinned)
-            port = base_port + index if base_port else 0
+            port = base_port if part.resource or not base_port else base_port + index
             own = config.override(**{PORT_FIELDS[role]: port, "engine.threads": threads})
             if role == "gateway" and part.http_port > 0:
                 own = own.override(**{"gateway.http_port": part.http_port + index})
             gpus = 0.0 if role == "gateway" else part.num_gpus
-            seats.append(Seat(role, index, serve_paths[role], own, part.num_cpus, gpus, pinned))
+            seats.append(Seat(role, index, serve_paths[role], own, part.num_cpus, gpus, pinned, part.resource))
     return seats
 
 
@@ -84,12 +88,19 @@ def needed_gpus(seats: Sequence[Seat]) -> float:
     return sum(seat.num_gpus for seat in seats)
 
 
+def needed_resources(seats: Sequence[Seat]) -> dict[str, float]:
+    """What all claim together, by Ray's names: CPU, GPU and the custom resources."""
+    custom = Counter(seat.resource for seat in seats if seat.resource)
+    return {"CPU": needed_cpus(seats), "GPU": needed_gpus(seats), **custom}
+
+
 def create_actor(seat: Seat, env: Mapping[str, str]) -> Any:
     """Creates the seat's actor, idle, and returns its handle. `env` is laid over the usual variables."""
     env_vars = {**PROCESS_ENV, "OMP_NUM_THREADS": str(seat.config.engine.threads), **env}
     actor = ray.remote(RoleActor).options(
         num_cpus=seat.num_cpus,
         num_gpus=seat.num_gpus,
+        resources={seat.resource: 1} if seat.resource else {},
         # A killed process comes back as often as it takes; the supervisor slows down one that keeps failing.
         max_restarts=-1,
         max_task_retries=0,

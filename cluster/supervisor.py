@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RuntimeEnvSetupError
 
-from cluster.placement import Seat, create_actor, needed_cpus, needed_gpus
+from cluster.placement import Seat, create_actor, needed_resources
 from cluster.shell import State, Status
 
 #: Seconds that a round waits for answers; an actor may answer in a later round.
@@ -258,5 +258,8 @@ class Supervisor:
 
 def _resources(seats: Sequence[Seat]) -> str:
     free, total = ray.available_resources(), ray.cluster_resources()
-    have = " and ".join(f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind}s" for kind in ("CPU", "GPU"))
-    return f"the system claims {needed_cpus(seats):g} CPUs and {needed_gpus(seats):g} GPUs in all, free now are {have}"
+    claims = needed_resources(seats).items()
+    have = ", ".join(
+        f"{count:g} {kind} ({free.get(kind, 0):g} of {total.get(kind, 0):g} are free)" for kind, count in claims
+    )
+    return f"the system claims in all {have}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import ray
 
 from branchline.client import Client
-from branchline.config import Config
+from branchline.config import Config, ConfigError
 from branchline.engine.models.locate import locate_draft, locate_model
 from cluster.placement import Seat, needed_cpus, needed_gpus, plan
 from cluster.session import joined_ray, local_env, local_ray
@@ -61,6 +61,7 @@ def running_system(
             locate_model(config.model.model, report)
             locate_draft(config.model.draft, config.model.model, report)
             seats = plan(config, sorted(os.sched_getaffinity(0)))
+            _check_resources(seats)
             session = stack.enter_context(local_ray(needed_cpus(seats), report, verbose=verbose))
             env |= local_env(environ, session)
             _check_gpus(seats)
@@ -68,6 +69,12 @@ def running_system(
             seats = plan(config)
             stack.enter_context(joined_ray(config.ray.address, report, in_job=in_job, verbose=verbose))
         yield stack.enter_context(_supervised(config, seats, env, report, stopping, JOB_GRACE_S if in_job else GRACE_S))
+
+
+def _check_resources(seats: list[Seat]) -> None:
+    for seat in seats:
+        if seat.resource:
+            raise ConfigError(f"{seat.role}.resource: a Ray that is started here offers no {seat.resource!r}")
 
 
 def _check_gpus(seats: list[Seat]) -> None:

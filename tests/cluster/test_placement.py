@@ -8,7 +8,7 @@ import pytest
 
 from branchline.config import Config, ConfigError
 from cluster.actors import reachable
-from cluster.placement import Seat, needed_cpus, needed_gpus, plan
+from cluster.placement import Seat, needed_cpus, needed_gpus, needed_resources, plan
 
 
 def seats(cores: range = range(0), **flags: object) -> dict[str, Seat]:
@@ -70,6 +70,15 @@ def test_fixed_ports_count_up_and_zero_stays() -> None:
     for port, expected in ((-1, [-1, -1]), (0, [0, 0]), (9000, [9000, 9001])):
         placed = seats(**{"gateway.http_port": port, "gateway.replicas": 2})
         assert [placed[f"gateway {index}"].config.gateway.http_port for index in range(2)] == expected
+
+
+def test_with_a_resource_of_its_own_each_worker_has_the_same_port() -> None:
+    placed = seats(**{"decode.port": 7000, "decode.replicas": 2, "decode.resource": "decoder", "prefill.port": 8000})
+    assert [placed[f"decode {index}"].config.decode.port for index in range(2)] == [7000, 7000]
+    assert [placed[name].resource for name in ("prefill 0", "decode 0", "decode 1", "gateway 0")] == [
+        *("", "decoder", "decoder", ""),
+    ]
+    assert needed_resources(list(placed.values())) == {"CPU": 4, "GPU": 0, "decoder": 2}
 
 
 def test_claims_add_up() -> None:

@@ -125,7 +125,7 @@ def test_a_process_that_dies_at_start_is_given_up(env: dict[str, str], lines: li
 def test_want_of_resources_is_named(env: dict[str, str], lines: list[str]) -> None:
     supervisor = supervise(small(**{"decode.num_gpus": 5}), env, lines)
     with pytest.raises(
-        StartError, match=r"decode 0 .no process yet.*claims 3 CPUs and 5 GPUs in all, free .* of 4 GPUs"
+        StartError, match=r"decode 0 .no process yet.*claims in all 3 CPU .* 5 GPU .[0-9]+ of 4 are free"
     ):
         supervisor.start(4)
     supervisor.close(2)
