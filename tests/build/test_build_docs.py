@@ -16,7 +16,12 @@ from gateway.http.schemas import ChatRequest, CompletionRequest, StreamOptions
 from tools.lock import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "requirements" / "README.md"]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "requirements" / "README.md",
+    *sorted((ROOT / "deploy").rglob("README.md")),
+]
 
 
 def _block(language: str) -> str:

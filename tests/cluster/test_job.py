@@ -2,81 +2,31 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import pytest
-from cluster_helpers import ROOT, free_port, listens, nothing_left, wait_until
+from cluster_helpers import ROOT, listens, nothing_left, wait_until
 from ray.job_submission import JobStatus, JobSubmissionClient
+from ray_nodes import RAY, Node, ray_head, remove_all
 
 from branchline.client import Client
 
 pytestmark = pytest.mark.cluster
 
-BIN = Path(sys.executable).parent
-RAY = str(BIN / "ray")
-
-
-@dataclass
-class Head:
-    """A Ray head node: its process, its dashboard's address, and the environment of its command line."""
-
-    process: subprocess.Popen[bytes]
-    dashboard: str
-    env: dict[str, str]
-
 
 @pytest.fixture
-def head() -> Iterator[Head]:
+def head() -> Iterator[Node]:
     with nothing_left() as directory:
-        env = {**os.environ, "TMPDIR": str(directory), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-        port, dashboard = free_port(), free_port()
-        options = {
-            "node-ip-address": "127.0.0.1",
-            "port": port,
-            "dashboard-host": "127.0.0.1",
-            "dashboard-port": dashboard,
-            "dashboard-agent-listen-port": free_port(),
-            "num-cpus": 4,
-            "object-store-memory": 100 << 20,
-            "temp-dir": directory / "ray",
-        }
-        command = [RAY, "start", "--head", "--block", "--disable-usage-stats"]
-        command += [f"--{name}={value}" for name, value in options.items()]
-        log = directory / "head.log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(command, env=env, stdout=output, stderr=output, start_new_session=True)
         try:
-            wait_until(lambda: listens(f"127.0.0.1:{dashboard}") or process.poll() is not None, 60, "the dashboard")
-            assert process.poll() is None, log.read_text()
-            yield Head(process, f"http://127.0.0.1:{dashboard}", env)
+            with ray_head(directory, **{"num-cpus": 4, "object-store-memory": 100 << 20}) as node:
+                yield node
         finally:
-            _end(process)
-            for path in sorted(directory.rglob("*"), reverse=True):
-                path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+            remove_all(directory)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends the head node: the process, and all that descends from it."""
-    family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-    process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(20)
-    finally:
-        for member in family:
-            if member.is_running():
-                member.kill()
-        psutil.wait_procs(family, timeout=10)
-        process.kill()
-
-
-def test_the_default_system_as_a_job(head: Head) -> None:
+def test_the_default_system_as_a_job(head: Node) -> None:
     options = ["--address", head.dashboard, "--working-dir", ".", "--no-wait", "--submission-id", "serve"]
     launch = ["python", "-m", "cluster.launch", "--config", "deploy/ray/config.yaml"]
     command = [RAY, "job", "submit", *options, "--", *launch]
@@ -108,6 +58,5 @@ def test_the_default_system_as_a_job(head: Head) -> None:
     assert "stopped" in jobs.get_job_logs("serve").splitlines()[-1]
 
 
-def _actors(head: Head) -> list[psutil.Process]:
-    family = psutil.Process(head.process.pid).children(recursive=True)
-    return [member for member in family if "RoleActor" in " ".join(member.cmdline())]
+def _actors(head: Node) -> list[psutil.Process]:
+    return [member for member in head.family() if "RoleActor" in " ".join(member.cmdline())]

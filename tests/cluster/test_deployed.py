@@ -1,0 +1,121 @@
+"""What the Helm chart starts, started here: the rendered nodes, launcher, configuration and ports on a real Ray.
+
+In place of pods there are Ray nodes as processes, each at a loopback address of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import yaml
+from chart import Objects, render
+from cluster_helpers import ROOT, free_port, listens, nothing_left, wait_until
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from ray_nodes import Node, ray_head, ray_worker, remove_all
+
+from branchline.client import Client
+
+pytestmark = pytest.mark.cluster
+
+TOKEN = "a-token-of-at-least-thirty-two-characters"
+
+
+def flags(group: dict[str, Any]) -> dict[str, object]:
+    """The flags of `ray start` that KubeRay makes of a group's parameters and resources."""
+    resources = dict(group["resources"])
+    made: dict[str, object] = {**group["rayStartParams"], "num-cpus": resources.pop("CPU")}
+    if "GPU" in resources:
+        made["num-gpus"] = resources.pop("GPU")
+    if resources:
+        made["resources"] = json.dumps({name: float(count) for name, count in resources.items()})
+    return made
+
+
+@contextlib.contextmanager
+def nodes(objects: Objects, directory: Path) -> Iterator[dict[str, Node]]:
+    """The head and a node for each pod of the groups, by group: the same claims and parameters."""
+    env = {"RAY_AUTH_MODE": objects.get("RayCluster")["spec"]["authOptions"]["mode"], "RAY_AUTH_TOKEN": TOKEN}
+    head_flags = flags(objects.get("RayCluster")["spec"]["headGroupSpec"]) | {"dashboard-host": "127.0.0.1"}
+    with contextlib.ExitStack() as stack:
+        running = {"headgroup": stack.enter_context(ray_head(directory, env, **head_flags))}
+        for number, (name, group) in enumerate(objects.groups.items(), start=2):
+            node = ray_worker(directory, running["headgroup"], f"127.0.0.{number}", **flags(group))
+            running[name] = stack.enter_context(node)
+        yield running
+
+
+@contextlib.contextmanager
+def launcher(objects: Objects, head: Node, directory: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """The launcher's container as a process; its configuration and the head's address are where they are here."""
+    config, log = directory / "config.yaml", directory / "launcher.log"
+    config.write_text(objects.config)
+    (container,) = objects.pods["launcher"]["spec"]["containers"]
+    there = {"/etc/branchline/config.yaml": str(config), "http://demo-head-svc:8265": head.dashboard}
+    command = [*container["command"], *container["args"]]
+    for old, new in there.items():
+        assert any(old in word for word in command)
+        command = [word.replace(old, new) for word in command]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=ROOT, env=head.env, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        yield process, log
+    finally:
+        process.kill()
+        process.wait(10)
+        print(log.read_text())
+
+
+def probe(objects: Objects, group: str, ip: str, name: str) -> bool:
+    """Whether one of a pod's gRPC probes succeeds, as the kubelet would find."""
+    (container,) = objects.pods[group]["spec"]["containers"]
+    with grpc.insecure_channel(f"{ip}:{container[name]['grpc']['port']}") as channel:
+        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def test_what_the_chart_starts_answers() -> None:
+    ports = {"gateway": free_port(), "prefill": free_port(), "decode": free_port()}
+    objects = render({"ports": ports})
+    with nothing_left() as directory:
+        try:
+            with nodes(objects, directory) as running, launcher(objects, running["headgroup"], directory) as started:
+                process, log = started
+                wait_until(lambda: "ready grpc=" in log.read_text() or process.poll() is not None, 240, "ready")
+                assert process.poll() is None
+                (address,) = [
+                    line.removeprefix("ready grpc=") for line in log.read_text().splitlines() if "ready grpc=" in line
+                ]
+                # Each role is on the node of its own group, at the rendered port.
+                ips = {name: running[name].agent.rpartition(":")[0] for name in ports}
+                assert address == f"{ips['gateway']}:{ports['gateway']}"
+                with Client(address) as client:
+                    result = client.complete(prompt="The capital of France is", max_tokens=16, timeout=60)
+                    workers = {worker.role: worker.address for worker in client.info().workers}
+                assert "Paris" in result.text
+                assert result.speculation.accepted > 0
+                assert workers == {role: f"{ips[role]}:{ports[role]}" for role in ("prefill", "decode")}
+
+                for role in ports:
+                    assert probe(objects, role, ips[role], "readinessProbe")
+                for group, node in running.items():
+                    (container,) = objects.pods[group]["spec"]["containers"]
+                    path = container["livenessProbe"]["httpGet"]["path"]
+                    # No token, as from the kubelet.
+                    with urllib.request.urlopen(f"http://{node.agent}{path}", timeout=10) as response:
+                        assert response.status == 200
+
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(60) == 0
+                assert not any(map(listens, [address, *workers.values()]))
+                assert yaml.safe_load(objects.config)["gateway"]["grpc_port"] == ports["gateway"]
+        finally:
+            remove_all(directory)
