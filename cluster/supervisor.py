@@ -241,8 +241,9 @@ class Supervisor:
         infos = ray.get([member.actor.info.remote() for member in self.members], timeout=INFO_TIMEOUT_S)
         if len({info.node_ip for info in infos}) == 1:
             return
-        for member in self.members:
-            if member.seat.role != "gateway" and member.address.startswith(LOOPBACK_PREFIXES):
+        for member, info in zip(self.members, infos, strict=True):
+            known = member.address.rpartition(":")[0] == info.node_ip  # what other nodes call this one by
+            if member.seat.role != "gateway" and member.address.startswith(LOOPBACK_PREFIXES) and not known:
                 raise StartError(
                     f"{member.seat.role}.host: {member.address} cannot be reached from the other nodes; use 0.0.0.0",
                     user_error=True,

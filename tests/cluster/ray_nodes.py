@@ -31,17 +31,27 @@ class Node:
     #: HOST:PORT of the node's agent, which serves its health.
     agent: str
 
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
     def family(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
 
 @contextlib.contextmanager
-def ray_head(directory: Path, env: Mapping[str, str] | None = None, **options: object) -> Iterator[Node]:
-    """A head at 127.0.0.1 with its files below `directory`; `options` are flags of `ray start`."""
+def ray_head(
+    directory: Path, env: Mapping[str, str] | None = None, ip: str = "127.0.0.1", **options: object
+) -> Iterator[Node]:
+    """A head with its files below `directory`; `options` are flags of `ray start`.
+
+    For other nodes to join, the head needs another loopback address than 127.0.0.1, in whose place Ray takes the
+    machine's own.
+    """
     own = {**os.environ, **(env or {}), "TMPDIR": str(directory), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     port, dashboard, agent = free_port(), free_port(), free_port()
     flags = {
-        "node-ip-address": "127.0.0.1",
+        "node-ip-address": ip,
         "port": port,
         "dashboard-host": "127.0.0.1",
         "dashboard-port": dashboard,
@@ -51,7 +61,7 @@ def ray_head(directory: Path, env: Mapping[str, str] | None = None, **options: o
     with _node(directory / "head.log", ["--head"], {**flags, **options}, own) as process:
         wait_until(lambda: listens(f"127.0.0.1:{dashboard}") or process.poll() is not None, 60, "the dashboard")
         assert process.poll() is None, (directory / "head.log").read_text()
-        yield Node(process, own, f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{agent}")
+        yield Node(process, own, f"{ip}:{port}", f"http://127.0.0.1:{dashboard}", f"{ip}:{agent}")
 
 
 @contextlib.contextmanager

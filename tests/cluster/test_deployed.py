@@ -43,13 +43,24 @@ def flags(group: dict[str, Any]) -> dict[str, object]:
 @contextlib.contextmanager
 def nodes(objects: Objects, directory: Path) -> Iterator[dict[str, Node]]:
     """The head and a node for each pod of the groups, by group: the same claims and parameters."""
-    env = {"RAY_AUTH_MODE": objects.get("RayCluster")["spec"]["authOptions"]["mode"], "RAY_AUTH_TOKEN": TOKEN}
+    env = {
+        "RAY_AUTH_MODE": objects.get("RayCluster")["spec"]["authOptions"]["mode"],
+        "RAY_AUTH_TOKEN": TOKEN,
+        # The other tests' 0 keeps Ray on one node.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
+        # For machines that are busy otherwise.
+        "RAY_raylet_start_wait_time_s": "120",
+    }
     head_flags = flags(objects.get("RayCluster")["spec"]["headGroupSpec"]) | {"dashboard-host": "127.0.0.1"}
     with contextlib.ExitStack() as stack:
-        running = {"headgroup": stack.enter_context(ray_head(directory, env, **head_flags))}
-        for number, (name, group) in enumerate(objects.groups.items(), start=2):
-            node = ray_worker(directory, running["headgroup"], f"127.0.0.{number}", **flags(group))
-            running[name] = stack.enter_context(node)
+        running = {"headgroup": stack.enter_context(ray_head(directory, env, "127.0.0.2", **head_flags))}
+        for number, (name, group) in enumerate(objects.groups.items(), start=3):
+            worker = ray_worker(directory, running["headgroup"], f"127.0.0.{number}", **flags(group))
+            node = stack.enter_context(worker)
+            # One after the other: nodes of one machine that start at once take the same sockets.
+            wait_until(lambda node=node: listens(node.agent) or not node.alive, 120, f"the node for {name}")
+            assert node.alive, "".join(path.read_text() for path in directory.glob("*.log"))
+            running[name] = node
         yield running
 
 
