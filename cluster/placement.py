@@ -71,13 +71,19 @@ def plan(config: Config, cores: Sequence[int] = (), serve_paths: Mapping[str, st
             pinned = shares.get((role, index), ())
             usable = len(pinned or cores) or math.floor(part.num_cpus)
             threads = config.engine.threads_for(role, usable, shared=bool(cores) and not pinned)
-            port = base_port if part.resource or not base_port else base_port + index
-            own = config.override(**{PORT_FIELDS[role]: port, "engine.threads": threads})
-            if role == "gateway" and part.http_port > 0:
-                own = own.override(**{"gateway.http_port": part.http_port + index})
+            # With a resource of their own they are on different nodes.
+            offset = 0 if part.resource else index
+            own = config.override(**{PORT_FIELDS[role]: _counted(base_port, offset), "engine.threads": threads})
+            if role == "gateway":
+                own = own.override(**{"gateway.http_port": _counted(part.http_port, offset)})
             gpus = 0.0 if role == "gateway" else part.num_gpus
             seats.append(Seat(role, index, serve_paths[role], own, part.num_cpus, gpus, pinned, part.resource))
     return seats
+
+
+def _counted(port: int, offset: int) -> int:
+    """A fixed port counts up; 0 (any) and -1 (none) stay."""
+    return port + offset if port > 0 else port
 
 
 def needed_cpus(seats: Sequence[Seat]) -> float:

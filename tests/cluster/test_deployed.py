@@ -16,7 +16,6 @@ from typing import Any
 
 import grpc
 import pytest
-import yaml
 from chart import Objects, render
 from cluster_helpers import ROOT, free_port, listens, nothing_left, wait_until
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -26,6 +25,7 @@ from branchline.client import Client
 
 pytestmark = pytest.mark.cluster
 
+ROLES = ("prefill", "decode", "gateway")
 TOKEN = "a-token-of-at-least-thirty-two-characters"
 
 
@@ -94,7 +94,7 @@ def probe(objects: Objects, group: str, ip: str, name: str) -> bool:
 
 
 def test_what_the_chart_starts_answers() -> None:
-    ports = {"gateway": free_port(), "prefill": free_port(), "decode": free_port()}
+    ports = {name: free_port() for name in (*ROLES, "http")}
     objects = render({"ports": ports})
     with nothing_left() as directory:
         try:
@@ -102,20 +102,21 @@ def test_what_the_chart_starts_answers() -> None:
                 process, log = started
                 wait_until(lambda: "ready grpc=" in log.read_text() or process.poll() is not None, 240, "ready")
                 assert process.poll() is None
-                (address,) = [
-                    line.removeprefix("ready grpc=") for line in log.read_text().splitlines() if "ready grpc=" in line
-                ]
+                (ready,) = [line.split() for line in log.read_text().splitlines() if "ready grpc=" in line]
                 # Each role is on the node of its own group, at the rendered port.
-                ips = {name: running[name].agent.rpartition(":")[0] for name in ports}
-                assert address == f"{ips['gateway']}:{ports['gateway']}"
+                ips = {name: running[name].agent.rpartition(":")[0] for name in ROLES}
+                address, http = (f"{ips['gateway']}:{ports[name]}" for name in ("gateway", "http"))
+                assert ready == ["ready", f"grpc={address}", f"http={http}"]
                 with Client(address) as client:
                     result = client.complete(prompt="The capital of France is", max_tokens=16, timeout=60)
                     workers = {worker.role: worker.address for worker in client.info().workers}
                 assert "Paris" in result.text
                 assert result.speculation.accepted > 0
                 assert workers == {role: f"{ips[role]}:{ports[role]}" for role in ("prefill", "decode")}
+                with urllib.request.urlopen(f"http://{http}/v1/models", timeout=10) as response:
+                    assert json.load(response)["data"][0]["id"] == "default"
 
-                for role in ports:
+                for role in ROLES:
                     assert probe(objects, role, ips[role], "readinessProbe")
                 for group, node in running.items():
                     (container,) = objects.pods[group]["spec"]["containers"]
@@ -126,7 +127,6 @@ def test_what_the_chart_starts_answers() -> None:
 
                 process.send_signal(signal.SIGTERM)
                 assert process.wait(60) == 0
-                assert not any(map(listens, [address, *workers.values()]))
-                assert yaml.safe_load(objects.config)["gateway"]["grpc_port"] == ports["gateway"]
+                assert not any(map(listens, [address, http, *workers.values()]))
         finally:
             remove_all(directory)

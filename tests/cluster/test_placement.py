@@ -75,6 +75,10 @@ def test_fixed_ports_count_up_and_zero_stays() -> None:
 def test_with_a_resource_of_its_own_each_worker_has_the_same_port() -> None:
     placed = seats(**{"decode.port": 7000, "decode.replicas": 2, "decode.resource": "decoder", "prefill.port": 8000})
     assert [placed[f"decode {index}"].config.decode.port for index in range(2)] == [7000, 7000]
+    both: dict[str, object] = {"gateway.grpc_port": 8000, "gateway.http_port": 9000, "gateway.replicas": 2}
+    gateways = seats(**both, **{"gateway.resource": "door"})
+    ports = [(seat.config.gateway.grpc_port, seat.config.gateway.http_port) for seat in list(gateways.values())[-2:]]
+    assert ports == [(8000, 9000)] * 2
     assert [placed[name].resource for name in ("prefill 0", "decode 0", "decode 1", "gateway 0")] == [
         *("", "decoder", "decoder", ""),
     ]

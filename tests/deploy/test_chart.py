@@ -33,6 +33,7 @@ SWITCHES: dict[str, Manifest] = {
     "pods": {"podLabels": {"team": "x"}, "podAnnotations": {"y": "z"}, "env": {"HF_HUB_OFFLINE": "1"}},
     "pull": {"imagePullSecrets": ["registry"], "image": {"tag": "1", "pullPolicy": "Always"}},
     "name": {"fullnameOverride": "other"},
+    "no http": {"ports": {"http": 0}},
 }
 
 
@@ -99,8 +100,13 @@ def test_the_program_reads_the_configuration(example: Path | None, tmp_path: Pat
     file = tmp_path / "config.yaml"
     file.write_text(render(None, *([example] if example else [])).config)
     config = program.load(file)
-    assert (config.decode.resource, config.decode.host, config.gateway.grpc_port) == (
-        "branchline_decode",
-        "0.0.0.0",
-        50051,
-    )
+    assert (config.decode.resource, config.decode.host) == ("branchline_decode", "0.0.0.0")
+    assert (config.gateway.grpc_port, config.gateway.http_port) == (50051, 8000)
+
+
+def test_without_http_there_is_none(tmp_path: Path) -> None:
+    objects = render({"ports": {"http": 0}})
+    (tmp_path / "config.yaml").write_text(objects.config)
+    assert program.load(tmp_path / "config.yaml").gateway.http_port == -1
+    assert [port["name"] for port in objects.get("Service", "gateway")["spec"]["ports"]] == ["grpc"]
+    assert len(objects.get("NetworkPolicy", "clients")["spec"]["ingress"][0]["ports"]) == 1

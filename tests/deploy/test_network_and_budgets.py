@@ -11,12 +11,15 @@ OWN = {"app.kubernetes.io/name": "branchline", "app.kubernetes.io/instance": "de
 
 @pytest.mark.parametrize("role", ROLES)
 def test_services_lead_to_their_roles_pods(role: str) -> None:
-    objects = render({"ports": {"prefill": 6001, "decode": 6002, "gateway": 6003}})
+    objects = render({"ports": {"prefill": 6001, "decode": 6002, "gateway": 6003, "http": 6004}})
     spec = objects.get("Service", role)["spec"]
     assert spec["selector"] == {"ray.io/cluster": "demo", "ray.io/group": role}
-    (port,) = spec["ports"]
     (container,) = objects.pods[role]["spec"]["containers"]
-    assert {port["targetPort"]: port["port"]} == {p["name"]: p["containerPort"] for p in container["ports"]}
+    served = {"grpc": {"prefill": 6001, "decode": 6002, "gateway": 6003}[role]}
+    if role == "gateway":
+        served["http"] = 6004
+    assert {port["targetPort"]: port["port"] for port in spec["ports"]} == served
+    assert {port["name"]: port["containerPort"] for port in container["ports"]} == served
     assert (spec.get("clusterIP") == "None") == (role != "gateway")
 
 
@@ -42,7 +45,9 @@ def test_clients_reach_gateways_and_nothing_else() -> None:
     peers: list[Manifest] = [{"namespaceSelector": {"matchLabels": {"team": "chat"}}}]
     policy = render({"networkPolicy": {"clients": peers}}).get("NetworkPolicy", "clients")["spec"]
     assert policy["podSelector"]["matchLabels"] == {"ray.io/cluster": "demo", "ray.io/group": "gateway"}
-    assert policy["ingress"] == [{"from": peers, "ports": [{"protocol": "TCP", "port": 50051}]}]
+    assert policy["ingress"] == [
+        {"from": peers, "ports": [{"protocol": "TCP", "port": 50051}, {"protocol": "TCP", "port": 8000}]}
+    ]
     # An empty list of peers would mean everybody: then there is no such policy, and nobody is let in.
     assert render({"networkPolicy": {"clients": []}}).names("NetworkPolicy") == {"demo"}
     assert render({"networkPolicy": {"enabled": False}}).names("NetworkPolicy") == set()

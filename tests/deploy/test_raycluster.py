@@ -52,7 +52,7 @@ def test_probes() -> None:
     for role, group in objects.groups.items():
         container = ray(group["template"])
         port = config[role].get("grpc_port") or config[role]["port"]
-        assert container["ports"] == [{"name": "grpc", "containerPort": port}]
+        assert container["ports"][0] == {"name": "grpc", "containerPort": port}
         assert container["startupProbe"]["grpc"] == container["readinessProbe"]["grpc"] == {"port": port}
         patience = container["startupProbe"]["failureThreshold"] * container["startupProbe"]["periodSeconds"]
         assert 905 + 60 <= patience < 905 + 80, "a pod waits a little longer than the program does"

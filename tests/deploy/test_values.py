@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import typing
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from chart import CHART, PACKAGES, HelmError, Manifest, template
 
-from branchline.config import Config
+from branchline.config import Config, ConfigError, from_mapping
 from tools import chart_readme
 
 #: Fields of the program's configuration that the chart fills in, or that nobody sets on a Ray cluster.
-FILLED_IN = {"replicas", "host", "port", "grpc_port", "num_cpus", "num_gpus", "resource"}
+FILLED_IN = {"replicas", "host", "port", "grpc_port", "http_port", "num_cpus", "num_gpus", "resource"}
 NOT_FOR_RAY = {"prefill_workers", "decode_workers", "address"}
 
 
@@ -36,6 +36,9 @@ NOT_FOR_RAY = {"prefill_workers", "decode_workers", "address"}
         ({"fullnameOverride": "1st"}, ["fullnameOverride"]),
         ({"ports": {"decode": 50061}}, ["ports.prefill and ports.decode are both 50061"]),
         ({"ports": {"gateway": 50062}}, ["ports.gateway and ports.decode are both 50062"]),
+        ({"ports": {"http": 50051}}, ["ports.gateway and ports.http are both 50051"]),
+        ({"ports": {"http": -1}}, ["ports", "http"]),
+        ({"ports": {"prefill": 10500}}, ["ports.prefill: 10500 is a port of Ray's own"]),
         ({"ports": {"gateway": 8265}}, ["ports.gateway: 8265 is a port of Ray's own"]),
         ({"config": {"model": {"device": "cuda"}}}, ["prefill.gpus is 0, but config.model.device is cuda"]),
         (
@@ -60,13 +63,50 @@ def schema() -> Manifest:
     return loaded
 
 
-def test_the_schema_knows_the_programs_fields_and_no_others() -> None:
-    sections = schema()["properties"]["config"]["properties"]
+#: What JSON Schema calls the types of the configuration's fields.
+TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", tuple: "array"}
+
+
+def sections() -> Iterator[tuple[str, dict[str, Any], Manifest]]:
+    """Each section of the configuration: its name, its fields' types, and what the schema says of them."""
     hints = typing.get_type_hints(Config)
-    assert set(sections) == set(hints)
-    for name, section in sections.items():
-        fields = {field.name for field in dataclasses.fields(hints[name])}
-        assert set(section["properties"]) == fields - FILLED_IN - NOT_FOR_RAY, name
+    described = schema()["properties"]["config"]["properties"]
+    assert set(described) == set(hints)
+    for name, section in described.items():
+        yield name, typing.get_type_hints(hints[name]), section["properties"]
+
+
+def test_the_schema_knows_the_programs_fields_and_no_others() -> None:
+    for name, hints, described in sections():
+        assert set(described) == set(hints) - FILLED_IN - NOT_FOR_RAY, name
+        for field, said in described.items():
+            kind = TYPES[typing.get_origin(hints[field]) or hints[field]]
+            assert said.get("type", kind) == kind, f"{name}.{field}"
+
+
+def test_the_schemas_limits_are_the_programs() -> None:
+    checked = 0
+    for name, _, described in sections():
+        for field, said in described.items():
+
+            def accepted(value: object, where: tuple[str, str] = (name, field)) -> bool:
+                try:
+                    return bool(from_mapping({where[0]: {where[1]: value}}))
+                except ConfigError:
+                    return False
+
+            for value in said.get("enum", []):
+                assert accepted(value), f"{name}.{field}"
+            limits = [(said[key], step) for key, step in (("minimum", -1), ("maximum", 1)) if key in said]
+            for limit, step in limits:
+                assert accepted(limit), f"{name}.{field}"
+                assert not accepted(limit + step), f"{name}.{field}"
+            if "exclusiveMinimum" in said:
+                assert not accepted(said["exclusiveMinimum"]), f"{name}.{field}"
+            if "enum" in said:
+                assert not accepted("other"), f"{name}.{field}"
+            checked += bool(limits) or "exclusiveMinimum" in said or "enum" in said
+    assert checked > 15
 
 
 def test_every_object_of_the_schema_refuses_unknown_keys_or_lets_all_in() -> None:

@@ -62,7 +62,9 @@ ray.io/group: {{ .group }}
 {{- $_ := set $part (eq $role "gateway" | ternary "grpc_port" "port") (index $.Values.ports $role) -}}
 {{- $_ := set $part "num_cpus" $values.cpus -}}
 {{- $_ := set $part "resource" (printf "branchline_%s" $role) -}}
-{{- if ne $role "gateway" -}}
+{{- if eq $role "gateway" -}}
+{{- $_ := set $part "http_port" (default -1 $.Values.ports.http) -}}
+{{- else -}}
 {{- $_ := set $part "num_gpus" $values.gpus -}}
 {{- end -}}
 {{- end -}}

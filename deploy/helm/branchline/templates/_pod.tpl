@@ -133,6 +133,10 @@ spec:
       ports:
         - name: grpc
           containerPort: {{ .port }}
+        {{- if and (eq .group "gateway") $root.Values.ports.http }}
+        - name: http
+          containerPort: {{ $root.Values.ports.http }}
+        {{- end }}
       startupProbe:
         grpc:
           port: {{ .port }}

@@ -5,14 +5,19 @@
 {{- end -}}
 {{- $ports := .Values.ports -}}
 {{- $names := list "gateway" "prefill" "decode" -}}
+{{- if $ports.http -}}
+{{- $names = append $names "http" -}}
+{{- end -}}
 {{- range $i, $one := $names -}}
 {{- range $other := slice $names (add1 $i | int) -}}
 {{- if eq (index $ports $one | int) (index $ports $other | int) -}}
-{{- fail (printf "ports.%s and ports.%s are both %v: each role needs a port of its own" $one $other (index $ports $one)) -}}
+{{- fail (printf "ports.%s and ports.%s are both %v: each needs its own" $one $other (index $ports $one)) -}}
 {{- end -}}
 {{- end -}}
-{{- if has (index $ports $one | int) (list 6379 8080 8265 10001 52365) -}}
-{{- fail (printf "ports.%s: %v is a port of Ray's own" $one (index $ports $one)) -}}
+{{- $port := index $ports $one | int -}}
+{{- /* From 10002 to 19999 Ray's own processes take what is free. */ -}}
+{{- if or (has $port (list 6379 8080 8265 10001 52365)) (and (ge $port 10002) (le $port 19999)) -}}
+{{- fail (printf "ports.%s: %d is a port of Ray's own" $one $port) -}}
 {{- end -}}
 {{- end -}}
 {{- range $role := list "prefill" "decode" -}}
