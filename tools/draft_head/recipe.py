@@ -87,18 +87,18 @@ class FeaturesRecipe:
 
 @dataclass(frozen=True)
 class TrainRecipe:
-    draft_vocab: int = 8192
+    draft_vocab: int = 10240
     #: Passes over the data.
-    epochs: float = 4.0
+    epochs: float = 3.0
     #: Steps of the training-time test: how many tokens ahead the head learns to draft from its own states.
     ttt_steps: int = 4
     #: The weight of a step relative to the step before it.
     ttt_decay: float = 0.8
-    learning_rate: float = 8e-4
+    learning_rate: float = 5e-4
     #: Of all steps, the part in which the learning rate rises.
     warmup: float = 0.02
-    #: Tokens in an optimiser step.
-    batch_tokens: int = 4096
+    #: Tokens in an optimiser step; docs/draft-heads.md has what larger ones cost.
+    batch_tokens: int = 1024
     weight_decay: float = 0.0
     clip: float = 0.5
     #: A head's directory to go on from; empty begins anew.
