@@ -14,21 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from branchline.config_base import ConfigError as ConfigError
+from branchline.config_base import require as _require
+from branchline.config_security import SecurityConfig
+
 DTYPES = ("bfloat16", "float16", "float32")
 PROVIDERS = ("vllm", "reference")
 #: Below this many cores the workers of one machine share them all; from here on each gets its own.
 CORES_TO_SHARE_OUT = 4
 DEVICES = ("auto", "cpu", "cuda")
 _ITEMS = {str: "strings", int: "whole numbers", float: "numbers"}
-
-
-class ConfigError(ValueError):
-    """A wrong configuration; the message names the field."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
 
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -169,6 +164,9 @@ class GatewayConfig:
     max_attempts: int = 4
     #: Requests in the house at once; more are refused.
     max_requests: int = 256
+    #: Open HTTP connections, and HTTP requests that are read or answered, at once; more are refused.
+    max_http_connections: int = 1024
+    max_http_requests: int = 512
     #: Largest max_tokens, and the default where the context leaves more.
     max_tokens_limit: int = 4096
 
@@ -177,7 +175,8 @@ class GatewayConfig:
         _require(
             -1 <= self.http_port <= 65535, f"gateway.http_port: must be between -1 and 65535, got {self.http_port}"
         )
-        for name in ("replicas", "max_attempts", "max_requests", "max_tokens_limit"):
+        counts = ("replicas", "max_attempts", "max_requests", "max_tokens_limit")
+        for name in (*counts, "max_http_connections", "max_http_requests"):
             _require(getattr(self, name) >= 1, f"gateway.{name}: must be at least 1, got {getattr(self, name)}")
         for name in ("request_timeout_s", "stall_timeout_s", "worker_wait_s"):
             _require(getattr(self, name) > 0, f"gateway.{name}: must be positive, got {getattr(self, name)}")
@@ -203,6 +202,7 @@ class Config:
     transfer: TransferConfig = field(default_factory=TransferConfig)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+    security: SecurityConfig = field(default_factory=SecurityConfig)
 
     def __post_init__(self) -> None:
         _require(
@@ -216,8 +216,12 @@ class Config:
         for path, value in flags.items():
             if value is None:
                 continue
-            section, name = path.split(".")
-            tree[section][name] = value
+            *sections, name = path.split(".")
+            part = tree
+            for section in sections:
+                part = part.setdefault(section, {})  # one that does not exist is refused below
+                _require(isinstance(part, dict), f"{path}: unknown field")
+            part[name] = value
         return from_mapping(tree)
 
 

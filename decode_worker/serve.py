@@ -7,6 +7,8 @@ import logging
 import secrets
 from collections.abc import Callable
 
+import grpc
+
 from branchline.config import Config
 from branchline.engine.assemble import assemble
 from branchline.engine.decode import DecodeRunner
@@ -14,6 +16,7 @@ from branchline.engine.hosting import Host, hosted_engine
 from branchline.engine.load_budget import LoadBudget
 from branchline.v1 import decode_pb2_grpc
 from branchline.wire.server import RpcServer
+from branchline.wire.tls import inside_files, server_credentials
 from decode_worker.engine_loop import DecodeLoop
 from decode_worker.leases import LeaseTable
 from decode_worker.service import PARSERS, SERVICE, DecodeService
@@ -44,15 +47,21 @@ async def serve(
         load_budget = LoadBudget(tree.num_nodes) if adaptive else None
         return DecodeLoop(models, tree, DecodeRunner(models, config.engine, tree, load_budget=load_budget))
 
+    credentials = server_credentials(inside_files(config.security.inside))
     async with hosted_engine("decode-engine", build, stop) as host:
         if host is not None:
-            await _serve(config, host, ready)
+            await _serve(config, host, ready, credentials)
 
 
-async def _serve(config: Config, host: Host[DecodeLoop], ready: Callable[[str], None]) -> None:
+async def _serve(
+    config: Config,
+    host: Host[DecodeLoop],
+    ready: Callable[[str], None],
+    credentials: grpc.ServerCredentials | None,
+) -> None:
     table = LeaseTable(incarnation=secrets.token_hex(8), ttl_s=config.decode.lease_ttl_s)
     sessions = Sessions(host.thread, host.engine, table)
-    server = RpcServer(config.decode.host, config.decode.port)
+    server = RpcServer(config.decode.host, config.decode.port, credentials)
     server.add(SERVICE, DecodeService(sessions), decode_pb2_grpc.add_DecodeServiceServicer_to_server, PARSERS)
     expiry = asyncio.create_task(_expire(sessions))
     try:

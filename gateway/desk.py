@@ -9,6 +9,7 @@ from gateway.chat import Chats
 from gateway.door import Door
 from gateway.generation import Generator
 from gateway.info import Info
+from gateway.keys import Keyring
 from gateway.parsing import Parsers, PlainText
 from gateway.tokens import Tokens
 
@@ -23,9 +24,16 @@ class Desk:
     info: Info
 
     @classmethod
-    def make(cls, backend: Backend, tokens: Tokens, model: str, parsers: Parsers | None = None) -> Desk:
-        """`model` is the configured one."""
-        door = Door(backend.config)
+    def make(
+        cls,
+        backend: Backend,
+        tokens: Tokens,
+        model: str,
+        parsers: Parsers | None = None,
+        keyring: Keyring | None = None,
+    ) -> Desk:
+        """`model` is the configured one; without a `keyring` nobody needs a key."""
+        door = Door(backend.config, keyring)
         generator = Generator(backend, tokens, door)
         return cls(door, generator, Chats(generator, parsers or PlainText()), Info(backend, door, model))
 

@@ -62,11 +62,13 @@ async def http_house(
     tokens: Tokens,
     prefills: Sequence[ScriptedPrefill] | None = None,
     decodes: Sequence[ScriptedDecode] | None = None,
+    most: int = 100,
+    connections: int = 100,
     **settings: Any,
 ) -> AsyncIterator[HttpHouse]:
-    """In the end nothing may be in use and no connection open."""
+    """`most`: requests at once. In the end nothing may be in use and no connection open."""
     async with house(tokens, prefills or [ScriptedPrefill()], decodes or [ScriptedDecode()], **settings) as h:
-        server = HttpServer(application(h.desk), "127.0.0.1", 0)
+        server = HttpServer(application(h.desk, most), "127.0.0.1", 0, connections)
         url = f"http://{await server.start()}"
         try:
             async with (
