@@ -164,7 +164,8 @@ class GatewayConfig:
     max_attempts: int = 4
     #: Requests in the house at once; more are refused.
     max_requests: int = 256
-    #: Open HTTP connections, and HTTP requests that are read or answered, at once; more are refused.
+    #: Calls over gRPC, open HTTP connections, and HTTP requests that are read or answered, at once; more are refused.
+    max_grpc_calls: int = 1024
     max_http_connections: int = 1024
     max_http_requests: int = 512
     #: Largest max_tokens, and the default where the context leaves more.
@@ -176,7 +177,7 @@ class GatewayConfig:
             -1 <= self.http_port <= 65535, f"gateway.http_port: must be between -1 and 65535, got {self.http_port}"
         )
         counts = ("replicas", "max_attempts", "max_requests", "max_tokens_limit")
-        for name in (*counts, "max_http_connections", "max_http_requests"):
+        for name in (*counts, "max_grpc_calls", "max_http_connections", "max_http_requests"):
             _require(getattr(self, name) >= 1, f"gateway.{name}: must be at least 1, got {getattr(self, name)}")
         for name in ("request_timeout_s", "stall_timeout_s", "worker_wait_s"):
             _require(getattr(self, name) > 0, f"gateway.{name}: must be positive, got {getattr(self, name)}")

@@ -64,7 +64,7 @@ async def serve(
     parsers = await asyncio.to_thread(_load_parsers, settings, tokens, progress)
     backend = Backend(settings, inside)
     desk = Desk.make(backend, tokens, config.model.model, parsers, keyring)
-    server = RpcServer(settings.host, settings.grpc_port, credentials)
+    server = RpcServer(settings.host, settings.grpc_port, credentials, settings.max_grpc_calls)
     GatewayService(desk).add_to(server)
     http = await asyncio.to_thread(_load_http, settings, desk, files, progress) if settings.http_port >= 0 else None
     background = Background()

@@ -41,8 +41,17 @@ class RpcServer:
     each service by its full name and for "" (all).
     """
 
-    def __init__(self, host: str, port: int, credentials: grpc.ServerCredentials | None = None) -> None:
-        """Without `credentials` it is plain text."""
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        credentials: grpc.ServerCredentials | None = None,
+        max_calls: int | None = None,
+    ) -> None:
+        """Without `credentials` it is plain text. More than `max_calls` at once, health checks and all, are refused
+        with RESOURCE_EXHAUSTED; None sets no bound.
+        """
+        self._max_calls = max_calls
         self._host = host
         self._port = port
         self._credentials = credentials
@@ -83,7 +92,9 @@ class RpcServer:
         if self._server is not None or self._calls.refusing:
             raise RuntimeError("a server can be started once")
         interceptor = HandlerInterceptor(self._calls, self._parsers, self._guards)
-        server = grpc.aio.server(interceptors=[interceptor], options=SERVER_OPTIONS)
+        server = grpc.aio.server(
+            interceptors=[interceptor], options=SERVER_OPTIONS, maximum_concurrent_rpcs=self._max_calls
+        )
         for _, servicer, add_to_server in self._services:
             add_to_server(servicer, server)
         names = [name for name, _, _ in self._services]
