@@ -49,7 +49,7 @@ async def test_connections_are_bounded(tokens: Tokens) -> None:
 
 
 async def test_headers_have_a_deadline(tokens: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "HEADERS_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(connection, "HEADERS_TIMEOUT_S", 1.0)
     async with http_house(tokens) as h:
         address = h.raw.base_url.netloc.decode()
         silent, _ = await opened(address)
@@ -65,7 +65,7 @@ async def test_headers_have_a_deadline(tokens: Tokens, monkeypatch: pytest.Monke
             408,
             {**parsed(await answer)[1], "message": "The request's headers did not come in time."},
         )
-        assert 0.4 < time.monotonic() - began < 3
+        assert 0.9 < time.monotonic() - began < 10
         assert await asyncio.wait_for(silent.read(), 5) == b""
 
         # The second request on a connection has as long, and an answer may take longer than that.
@@ -74,7 +74,7 @@ async def test_headers_have_a_deadline(tokens: Tokens, monkeypatch: pytest.Monke
         text = await asyncio.wait_for(reader.read(), 5)
         assert text.startswith(b"HTTP/1.1 200")
         assert b"HTTP/1.1 408" in text
-        h.house.decodes[0].pace_s = 0.1
+        h.house.decodes[0].pace_s = 0.15
         body = {"prompt": "a", "max_tokens": 10, "ignore_eos": True}
         assert (await h.post("/v1/completions", **body)).status_code == 200
 
