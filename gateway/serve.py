@@ -108,11 +108,13 @@ def _load_http(
     """Imported only where it is served: OpenAI's types take a second or two."""
     progress("gateway: loading the HTTP API")
     from gateway.http.app import application
+    from gateway.http.connection import bounded_protocol
     from gateway.http.server import HttpServer
 
     tls = server_context(files) if files else None
     app = application(desk, settings.max_http_requests)
-    return HttpServer(app, settings.host, settings.http_port, settings.max_http_connections, tls)
+    protocol = bounded_protocol(settings.max_http_connections)
+    return HttpServer(app, settings.host, settings.http_port, protocol=protocol, tls=tls)
 
 
 def _load_parsers(settings: GatewayConfig, tokens: Tokens, progress: Callable[[str], None]) -> Parsers | None:

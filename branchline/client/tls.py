@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,10 +55,16 @@ class Keyed:
         self._metadata = (("authorization", f"Bearer {api_key}"),)
 
     def unary_unary(self, *arguments: Any, **options: Any) -> Any:
-        return functools.partial(self._channel.unary_unary(*arguments, **options), metadata=self._metadata)
+        return self._keyed(self._channel.unary_unary(*arguments, **options))
 
     def unary_stream(self, *arguments: Any, **options: Any) -> Any:
-        return functools.partial(self._channel.unary_stream(*arguments, **options), metadata=self._metadata)
+        return self._keyed(self._channel.unary_stream(*arguments, **options))
+
+    def _keyed(self, method: Any) -> Any:
+        def call(request: Any, *, metadata: Iterable[tuple[str, str]] | None = None, **options: Any) -> Any:
+            return method(request, metadata=(*self._metadata, *(metadata or ())), **options)
+
+        return call
 
 
 def check_key(api_key: str | None) -> str | None:

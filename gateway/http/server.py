@@ -8,12 +8,12 @@ import errno
 import socket
 import ssl
 from collections.abc import Iterator
+from typing import Literal
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from branchline.wire.server import BindError, PortInUseError
-from gateway.http.connection import bounded_protocol
 
 #: Seconds that answers which have been told to end may take for it.
 _GRACE_S = 3.0
@@ -31,13 +31,19 @@ class HttpServer:
     """Use it from one event loop; `start` once."""
 
     def __init__(
-        self, app: ASGIApp, host: str, port: int, max_connections: int, tls: ssl.SSLContext | None = None
+        self,
+        app: ASGIApp,
+        host: str,
+        port: int,
+        *,
+        protocol: type[asyncio.Protocol] | Literal["h11"] = "h11",
+        tls: ssl.SSLContext | None = None,
     ) -> None:
-        """Without `tls` it is plain text."""
+        """`protocol`: uvicorn's own, or a class derived from it. Without `tls` it is plain text."""
         self._app = app
         self._host = host
         self._port = port
-        self._max_connections = max_connections
+        self._protocol = protocol
         self._tls = tls
         self._server: _Server | None = None
         self._serving: asyncio.Task[None] | None = None
@@ -49,7 +55,7 @@ class HttpServer:
         self._server = _Server(
             uvicorn.Config(
                 self._app,
-                http=bounded_protocol(self._max_connections),
+                http=self._protocol,
                 ws="none",
                 lifespan="off",
                 log_config=None,  # logging is the process's

@@ -14,6 +14,7 @@ from gateway_harness import House, house
 from scripted_workers import ScriptedDecode, ScriptedPrefill, eventually
 
 from gateway.http.app import application
+from gateway.http.connection import bounded_protocol
 from gateway.http.server import HttpServer
 from gateway.tokens import Tokens
 
@@ -68,7 +69,7 @@ async def http_house(
 ) -> AsyncIterator[HttpHouse]:
     """`most`: requests at once. In the end nothing may be in use and no connection open."""
     async with house(tokens, prefills or [ScriptedPrefill()], decodes or [ScriptedDecode()], **settings) as h:
-        server = HttpServer(application(h.desk, most), "127.0.0.1", 0, connections)
+        server = HttpServer(application(h.desk, most), "127.0.0.1", 0, protocol=bounded_protocol(connections))
         url = f"http://{await server.start()}"
         try:
             async with (
