@@ -54,7 +54,7 @@ class Chats:
             (prompt,) = await session.read([self.ask(request)])
             await started(session.request_id, prompt)
             writer = _Writer(request, prompt, self._parsers, write, whole=whole)
-            await session.run(writer.take)
+            await session.run(writer.take, writer.replay)
 
 
 @dataclass(slots=True)
@@ -84,11 +84,19 @@ class _Writer:
         self._whole = whole
         self._samples: dict[int, _SampleState] = {}
 
+    def replay(self, part: gateway_pb2.GenerateResponse) -> None:
+        """Reads what the client of a resumed stream has."""
+        assert not self._whole, "only streams are resumed"
+        self._state(part.sample).parser.piece(part.text, part.token_ids, finished=False)
+
+    def _state(self, sample: int) -> _SampleState:
+        if sample not in self._samples:
+            self._samples[sample] = _SampleState(self._parsers.for_sample(self._request, self._prompt))
+        return self._samples[sample]
+
     async def take(self, _prompt: int, part: gateway_pb2.GenerateResponse) -> None:
         """Writes what there is to write; each sample's last response in any case."""
-        state = self._samples.get(part.sample)
-        if state is None:
-            state = self._samples[part.sample] = _SampleState(self._parsers.for_sample(self._request, self._prompt))
+        state = self._state(part.sample)
         finished = part.HasField("finished")
         if not self._whole:
             parsed = state.parser.piece(part.text, part.token_ids, finished=finished)

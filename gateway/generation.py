@@ -103,14 +103,20 @@ class Session:
         self._visit.entries = [entry for entries in self._prompts for entry in entries]
         return [entries[0].prompt for entries in self._prompts]
 
-    async def run(self, write: Write) -> None:
-        """Writes all responses. Raises RpcFailure or InvalidRequestError when a prompt's request can't succeed."""
+    async def run(self, write: Write, replayed: Callable[[gateway_pb2.GenerateResponse], None] | None = None) -> None:
+        """Writes all responses. `replayed` gets those that the client of a resumed stream has, in place of all of them
+        one for each sample.
+
+        Raises RpcFailure or InvalidRequestError when a prompt's request can't succeed.
+        """
         assert self._prompts
         sending = asyncio.Lock()  # front ends take one message at a time
-        self._relays = [
-            Relay(self._generator.backend, self._samples(number, sending, write), self._until)
-            for number in range(len(self._prompts))
-        ]
+        samples = [self._samples(number, sending, write) for number in range(len(self._prompts))]
+        for sample in (sample for each in samples for sample in each if sample.entry.emitted):
+            replay = sample.replay()
+            if replayed is not None:
+                replayed(replay)
+        self._relays = [Relay(self._generator.backend, each, self._until) for each in samples]
         if len(self._relays) == 1:
             await self._relays[0].run()
             return
@@ -138,4 +144,5 @@ class Session:
         return [
             Sample(index, entry, Output(tokens.detokenizer(special_tokens=special), entry.stop), send)
             for index, entry in enumerate(self._prompts[number])
+            if not entry.settled
         ]

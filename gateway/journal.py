@@ -49,13 +49,16 @@ class JournalEntry:
     priority: int = 0
     #: When the client asked, on the monotonic clock; what it waits counts from then, over all attempts.
     arrived: float = field(default_factory=time.monotonic)
+    #: What the client has, or is about to get; of an earlier stream, too.
     emitted: list[int] = field(default_factory=list)
+    #: The client has seen its end already, in an earlier stream: nothing is done for it.
+    settled: bool = False
     #: Of the prompt's tokens those that the prefill worker did not have to compute for the first output token.
     cached_tokens: int = 0
     attempts: list[AttemptRecord] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.next_request()  # holds the invariants of a request
+        self._request(())  # holds the invariants of a request
 
     @property
     def queued_ms(self) -> int:
@@ -64,12 +67,15 @@ class JournalEntry:
 
     def next_request(self) -> Request:
         """What the next attempt is to compute: prompt and emitted tokens apart, since penalties need the border."""
+        return self._request(tuple(self.emitted))
+
+    def _request(self, emitted: tuple[int, ...]) -> Request:
         return Request(
             request_id=self.request_id,
             prompt=self.prompt,
             max_tokens=self.max_tokens,
             sampling=self.sampling,
-            emitted=tuple(self.emitted),
+            emitted=emitted,
             stop_token_ids=self.stop_token_ids,
             min_tokens=self.min_tokens,
             logprobs=self.logprobs,

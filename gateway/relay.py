@@ -50,7 +50,8 @@ class Relay:
         """Writes all responses. Raises RpcFailure or InvalidRequestError when no attempt can succeed."""
         try:
             async with self._tasks:
-                self._begin(self._samples, most=self._backend.pool.max_batch)
+                resumed = any(sample.entry.emitted for sample in self._samples)
+                self._begin(self._samples, most=1 if resumed else self._backend.pool.max_batch)
         except ExceptionGroup as errors:  # the first sample that failed for good; the others were cancelled then
             raise errors.exceptions[0] from None
 
@@ -88,8 +89,9 @@ class Relay:
                 await self._backend.pool.wait_for_change(next(pauses))
 
     async def _ended(self, group: Group) -> bool:
-        """Whether a sample that is alone had its last token when its attempt broke; then it is finished now."""
-        if len(group.samples) > 1 or (reason := group.samples[0].entry.ended) is None:
+        """Whether a sample that is alone had its last token when its attempt, or its client's stream, broke; then it is
+        finished now."""
+        if len(group.samples) > 1 or (reason := group.samples[0].ended) is None:
             return False
         await self._finish(group.samples[0], reason)
         return True

@@ -24,6 +24,14 @@ class Sample:
     output: Output
     write: Write
 
+    def replay(self) -> gateway_pb2.GenerateResponse:
+        """Takes up what the client has of an earlier stream, which isn't written again: the response is for those who
+        follow the text. To be called once, before anything else.
+        """
+        piece = self.output.push(self.entry.emitted)
+        del self.entry.emitted[len(piece.token_ids) :]
+        return gateway_pb2.GenerateResponse(sample=self.index, text=piece.text, token_ids=piece.token_ids)
+
     async def deliver(self, token_ids: Sequence[int], logprobs: Sequence[types_pb2.TokenLogprobs]) -> bool:
         """Takes new tokens; returns True when they complete a stop string, so that no more are wanted.
 
@@ -40,6 +48,11 @@ class Sample:
             )
         )
         return self.output.stopped
+
+    @property
+    def ended(self) -> FinishReason | None:
+        """Set when what was emitted is all, though no worker has said so."""
+        return FinishReason.STOP if self.output.stopped else self.entry.ended
 
     async def finish(self, reason: FinishReason) -> None:
         """Writes the last response."""

@@ -16,6 +16,7 @@ from gateway.conversation import Conversation
 from gateway.journal import JournalEntry
 from gateway.limits import Limits, check_ids, check_range
 from gateway.prompts import prompt_ids
+from gateway.resume import check_received, received_samples
 from gateway.sampling import sampling_params
 from gateway.tokens import Tokens
 
@@ -49,11 +50,13 @@ async def resolve(
         check_range("draft_nodes", request.draft_nodes, 0, MAX_DRAFT_NODES) if request.HasField("draft_nodes") else None
     )
     priority = check_range("priority", request.priority, -MAX_PRIORITY, MAX_PRIORITY)
+    received = received_samples(request, samples, tokens.vocab_size)
     if request.HasField("max_tokens"):
         _check_max_tokens(request.max_tokens, limits)
     _check_min_tokens(request, limits)
     prompt = await prompt_ids(request, tokens, limits, chat)
     max_tokens = _max_tokens(request, len(prompt), limits)
+    check_received(received, max_tokens, stop_token_ids)
     request_id = request_id or secrets.token_hex(8)
     return tuple(
         JournalEntry(
@@ -68,6 +71,8 @@ async def resolve(
             draft_nodes=draft_nodes,
             priority=priority,
             arrived=arrived,
+            emitted=list(received[index].token_ids),
+            settled=received[index].finished,
         )
         for index in range(samples)
     )

@@ -92,7 +92,7 @@ class GatewayServiceServicer:
         INVALID_ARGUMENT names the field that is wrong. RESOURCE_EXHAUSTED when the system stays full until the
         deadline, UNAVAILABLE when no worker can serve, DEADLINE_EXCEEDED when the deadline passes. Cancelling frees
         everything on all workers. Without a deadline of the client's the gateway's own applies. Safe to retry until
-        the first response has come; with a seed a retry repeats the same text.
+        the first response has come, and afterwards with `received`; with a seed a retry repeats the same text.
         The call's initial metadata has the request's id in `x-request-id`, before it waits for workers; Abort takes it.
         A refusal that time may lift has `grpc-retry-pushback-ms` in its trailing metadata: when to try again.
         """
