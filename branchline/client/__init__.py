@@ -7,7 +7,7 @@ with Client("127.0.0.1:50051") as client:
         print(chunk.text, end="", flush=True)
 """
 
-from branchline.client.aio import AsyncClient, AsyncStream
+from branchline.client.aio import AsyncClient
 from branchline.client.chat import Answer, ChatChunk, ChatCompletion, ChatOptions, ToolCall
 from branchline.client.errors import (
     AuthenticationError,
@@ -32,7 +32,8 @@ from branchline.client.results import (
     Usage,
     Worker,
 )
-from branchline.client.sync import Client, Stream
+from branchline.client.streams import AsyncStream, Stream
+from branchline.client.sync import Client
 from branchline.client.tls import Tls
 from branchline.core import FinishReason, SpeculationStats, TokenLogprobs
 

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Generic, Self, Unpack
+from typing import Any, Self, Unpack
 
 import grpc
 
 from branchline.client import transport
 from branchline.client.chat import ChatChunk, ChatCollector, ChatCompletion, ChatOptions, chat_request
-from branchline.client.collect import ChunkT, Collector, Collects, ResultT
+from branchline.client.collect import Collector
 from branchline.client.errors import (
     BranchlineError,
-    CancelledError,
     DeadlineExceededError,
     UnavailableError,
-    from_rpc_error,
 )
 from branchline.client.options import DEFAULT_TIMEOUT_S, GenerateOptions, deadline, generate_request
+from branchline.client.recovery import DEFAULT_RETRIES, Recovery, check_retries
 from branchline.client.results import (
     Chunk,
     Completion,
@@ -31,6 +31,7 @@ from branchline.client.results import (
     models,
     server_info,
 )
+from branchline.client.streams import AsyncStream, aio_mapped_errors
 from branchline.client.tls import Keyed, Tls, check_key
 from branchline.client.values import ids_value, text_value
 from branchline.v1 import gateway_pb2, gateway_pb2_grpc
@@ -43,7 +44,9 @@ class AsyncClient:
             async for chunk in client.generate(prompt="Once upon a time", max_tokens=64):
                 print(chunk.text, end="", flush=True)
 
-    It connects with its first call. `timeout` is the deadline in seconds of calls that bring none.
+    It connects with its first call. Of several gateways, with commas between, it talks to one, and to the next one when
+    that fails. `timeout` is the deadline in seconds of calls that bring none. A generation whose gateway fails goes on
+    at the next token, in the same stream, after at most `retries` attempts in a row; 0 passes on every failure.
     `api_key` is what a gateway with keys asks for; without `tls` it goes over the network for everybody to read.
     Calls raise the exceptions of `branchline.client.errors`.
     """
@@ -53,18 +56,17 @@ class AsyncClient:
         target: str,
         *,
         timeout: float = DEFAULT_TIMEOUT_S,
+        retries: int = DEFAULT_RETRIES,
         api_key: str | None = None,
         tls: Tls | None = None,
     ) -> None:
-        self.target = transport.check_target(target)
-        self._timeout_s = deadline(timeout)
-        self._api_key = check_key(api_key)
-        self._options = transport.channel_options(target)
-        self._credentials: Any = None
-        if tls is not None:
-            self._credentials = tls.credentials()
-            self._options = [*self._options, *tls.options]
-        self._channel: Any = None  # made by the first call, on the loop that runs then
+        self.target = target
+        self._gateways = transport.Gateways(target)
+        self._timeout_s, self._retries = deadline(timeout), check_retries(retries)
+        self._api_key, self._tls = check_key(api_key), tls
+        self._credentials = tls.credentials() if tls else None
+        # Made by the first calls, on the loop that runs then.
+        self._connections: dict[str, _Connection] = {}
         self._closed = False
 
     async def __aenter__(self) -> Self:
@@ -78,8 +80,8 @@ class AsyncClient:
     async def close(self) -> None:
         """Cancels what still runs and disconnects. Idempotent."""
         self._closed = True
-        if self._channel is not None:
-            await self._channel.close()
+        for connection in self._connections.values():
+            await connection.channel.close()
 
     async def complete(self, *, timeout: float | None = None, **options: Unpack[GenerateOptions]) -> Completion:
         """Generates and waits for the end, at most `timeout` seconds. Options: see GenerateOptions."""
@@ -94,8 +96,9 @@ class AsyncClient:
         """Generates and yields the parts as they come, for `timeout` seconds. Options: see GenerateOptions."""
         timeout_s = self._timeout_s if timeout is None else deadline(timeout)
         request = generate_request(**options)
-        call = self._stub().Generate(request, timeout=timeout_s)
-        return AsyncStream(call, Collector(max(1, request.n)), self.target)
+        collector = Collector(max(1, request.n))
+        recovery = Recovery(request, collector.received, retries=self._retries, timeout_s=timeout_s)
+        return AsyncStream(functools.partial(self._start, "Generate", recovery), recovery, collector)
 
     async def complete_chat(self, *, timeout: float | None = None, **options: Unpack[ChatOptions]) -> ChatCompletion:
         """Answers a chat and waits for the end, at most `timeout` seconds. Options: see ChatOptions."""
@@ -111,7 +114,8 @@ class AsyncClient:
         timeout_s = self._timeout_s if timeout is None else deadline(timeout)
         request = chat_request(**options)
         collector = ChatCollector(max(1, request.options.n))
-        return AsyncStream(self._stub().Chat(request, timeout=timeout_s), collector, self.target)
+        recovery = Recovery(request, collector.received, retries=self._retries, timeout_s=timeout_s)
+        return AsyncStream(functools.partial(self._start, "Chat", recovery), recovery, collector)
 
     async def tokenize(
         self,
@@ -123,9 +127,8 @@ class AsyncClient:
     ) -> tuple[int, ...]:
         """The token ids of a prompt, or of a chat with the model's template applied."""
         request = transport.tokenize_request(prompt, messages, tools)
-        stub = self._stub()
-        with _mapped_errors(self.target):
-            return tuple((await stub.Tokenize(request, timeout=deadline(timeout))).token_ids)
+        with self._gateway() as gateway:
+            return tuple((await gateway.stub.Tokenize(request, timeout=deadline(timeout))).token_ids)
 
     async def detokenize(
         self, token_ids: Sequence[int], *, special_tokens: bool = False, timeout: float = transport.CALL_TIMEOUT_S
@@ -133,22 +136,21 @@ class AsyncClient:
         """The text of token ids; with `special_tokens` shown by their names."""
         ids = ids_value("token_ids", token_ids)
         request = gateway_pb2.DetokenizeRequest(token_ids=ids, special_tokens=special_tokens)
-        stub = self._stub()
-        with _mapped_errors(self.target):
-            text: str = (await stub.Detokenize(request, timeout=deadline(timeout))).text
+        with self._gateway() as gateway:
+            text: str = (await gateway.stub.Detokenize(request, timeout=deadline(timeout))).text
             return text
 
     async def models(self, *, timeout: float = transport.CALL_TIMEOUT_S) -> tuple[Model, ...]:
         """The models that are served."""
-        stub = self._stub()
-        with _mapped_errors(self.target):
-            return models(await stub.ListModels(gateway_pb2.ListModelsRequest(), timeout=deadline(timeout)))
+        with self._gateway() as gateway:
+            return models(await gateway.stub.ListModels(gateway_pb2.ListModelsRequest(), timeout=deadline(timeout)))
 
     async def status(self, *, timeout: float = transport.CALL_TIMEOUT_S) -> GatewayStatus:
         """The requests that the gateway is serving now, by whichever interface they came."""
-        stub = self._stub()
-        with _mapped_errors(self.target):
-            return gateway_status(await stub.GetStatus(gateway_pb2.GetStatusRequest(), timeout=deadline(timeout)))
+        with self._gateway() as gateway:
+            return gateway_status(
+                await gateway.stub.GetStatus(gateway_pb2.GetStatusRequest(), timeout=deadline(timeout))
+            )
 
     async def abort(self, request_id: str, *, reason: str = "", timeout: float = transport.CALL_TIMEOUT_S) -> None:
         """Ends a request that the gateway is serving; its client gets CancelledError. Raises InvalidRequestError when
@@ -157,22 +159,19 @@ class AsyncClient:
         request = gateway_pb2.GatewayServiceAbortRequest(
             request_id=text_value("request_id", request_id), reason=text_value("reason", reason)
         )
-        stub = self._stub()
-        with _mapped_errors(self.target):
-            await stub.Abort(request, timeout=deadline(timeout))
+        with self._gateway() as gateway:
+            await gateway.stub.Abort(request, timeout=deadline(timeout))
 
     async def info(self, *, timeout: float = 10.0) -> ServerInfo:
         """What is being served, and the load now."""
-        stub = self._stub()
-        with _mapped_errors(self.target):
-            return server_info(await stub.GetInfo(gateway_pb2.GetInfoRequest(), timeout=deadline(timeout)))
+        with self._gateway() as gateway:
+            return server_info(await gateway.stub.GetInfo(gateway_pb2.GetInfoRequest(), timeout=deadline(timeout)))
 
     async def health(self, *, timeout: float = transport.HEALTH_TIMEOUT_S) -> bool:
         """Whether the gateway can serve; False also when nobody answers within `timeout` seconds."""
-        check = self._open_channel().unary_unary(transport.HEALTH_METHOD)
         try:
-            with _mapped_errors(self.target):
-                answer: bytes = await check(transport.HEALTH_REQUEST, timeout=deadline(timeout))
+            with self._gateway() as gateway:
+                answer: bytes = await gateway.check_health(transport.HEALTH_REQUEST, timeout=deadline(timeout))
         except (UnavailableError, DeadlineExceededError):
             return False
         return answer == transport.HEALTH_SERVING
@@ -183,89 +182,42 @@ class AsyncClient:
         while not await self.health(timeout=wait.next_timeout_s()):
             await asyncio.sleep(transport.POLL_S)
 
-    def _stub(self) -> Any:
-        channel = self._open_channel()
-        return gateway_pb2_grpc.GatewayServiceStub(Keyed(channel, self._api_key) if self._api_key else channel)
+    @contextlib.contextmanager
+    def _gateway(self) -> Iterator[_Connection]:
+        """The one to ask now."""
+        connection = self._connection()
+        try:
+            with aio_mapped_errors(connection.target):
+                yield connection
+        except UnavailableError:
+            self._gateways.leave(connection.target)
+            raise
 
-    def _open_channel(self) -> Any:
+    def _start(self, method: str, recovery: Recovery[Any], failed: str | None) -> tuple[Any, str]:
+        """A call of the stub's method, and to whom; `failed` is who had it before and is not available any more."""
+        if failed is not None:
+            self._gateways.leave(failed)
+        connection = self._connection()
+        return getattr(connection.stub, method)(recovery.request(), timeout=recovery.timeout_s), connection.target
+
+    def _connection(self) -> _Connection:
         if self._closed:
             raise BranchlineError("the client is closed", "CANCELLED")
-        if self._channel is None:
-            if self._credentials is None:
-                self._channel = grpc.aio.insecure_channel(self.target, options=self._options)
-            else:
-                self._channel = grpc.aio.secure_channel(self.target, self._credentials, options=self._options)
-        return self._channel
+        target = self._gateways.current
+        if target not in self._connections:
+            self._connections[target] = _Connection(target, self._api_key, self._tls, self._credentials)
+        return self._connections[target]
 
 
-class AsyncStream(Generic[ChunkT, ResultT]):
-    """A running generation: an asynchronous iterator of chunks which knows the whole result after its end.
+class _Connection:
+    """To one gateway."""
 
-    It is cancelled, and everything it holds on the workers is freed, by `close()`, by leaving its `async with`
-    block, by cancelling the task that waits for it, or when the last reference to it goes.
-    """
-
-    def __init__(self, call: Any, collector: Collects[ChunkT, ResultT], target: str) -> None:
-        """`call`: gRPC's, which has been made."""
-        self._target = target
-        self._collector = collector
-        self._call = call
-
-    def __aiter__(self) -> AsyncIterator[ChunkT]:
-        return self
-
-    async def __anext__(self) -> ChunkT:
-        while True:
-            with _mapped_errors(self._target):
-                response = await self._call.read()
-            if response is grpc.aio.EOF:
-                self._collector.finish()
-                raise StopAsyncIteration
-            chunk = self._collector.add(response)
-            if chunk is not None:
-                return chunk
-
-    @property
-    def result(self) -> ResultT:
-        """All of it together. Raises RuntimeError before the stream has ended."""
-        result = self._collector.result
-        if result is None:
-            raise RuntimeError("the stream has not come to its end")
-        return result
-
-    async def request_id(self) -> str:
-        """What `abort` and `status` call it. Waits until the gateway has read the request."""
-        with _mapped_errors(self._target):
-            return transport.request_id(await self._call.initial_metadata())
-
-    async def close(self) -> None:
-        """Cancels the generation unless it has ended. Idempotent."""
-        self._call.cancel()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_call"):  # absent when the call could not be made
-            self._call.cancel()
-
-
-@contextlib.contextmanager
-def _mapped_errors(target: str) -> Iterator[None]:
-    """Around an await of gRPC's. A call that somebody else cancels ends for gRPC as if this task had been cancelled;
-    its caller must not believe that.
-    """
-    try:
-        yield
-    except grpc.RpcError as error:
-        raise from_rpc_error(error, target) from error
-    except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
-            raise
-        raise CancelledError("the call or its client was closed", "CANCELLED") from None
+    def __init__(self, target: str, key: str | None, tls: Tls | None, credentials: Any) -> None:
+        self.target = target
+        options = transport.channel_options(target)
+        if tls is None:
+            self.channel: Any = grpc.aio.insecure_channel(target, options=options)
+        else:
+            self.channel = grpc.aio.secure_channel(target, credentials, options=[*options, *tls.options])
+        self.stub: Any = gateway_pb2_grpc.GatewayServiceStub(Keyed(self.channel, key) if key else self.channel)
+        self.check_health: Any = self.channel.unary_unary(transport.HEALTH_METHOD)

@@ -201,6 +201,10 @@ class ChatCollector:
         )
         return ChatCompletion(answers, completion)
 
+    def received(self) -> list[gateway_pb2.ReceivedSample]:
+        """What has come of each sample, for a request to go on behind it."""
+        return self._parts.received()
+
     def finish(self) -> None:
         """To be called when the stream has ended well. Raises ServerError when a last response is missing."""
         self._parts.finish()

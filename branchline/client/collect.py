@@ -22,6 +22,8 @@ class Collects(Protocol[ChunkT, ResultT]):
     @property
     def result(self) -> ResultT | None: ...
 
+    def received(self) -> list[gateway_pb2.ReceivedSample]: ...
+
     def finish(self) -> None: ...
 
 
@@ -66,6 +68,15 @@ class Collector:
         """None until the last response of every sample has come."""
         return self._result
 
+    def received(self) -> list[gateway_pb2.ReceivedSample]:
+        """What has come of each sample, for a request to go on behind it; empty while nothing has come of any."""
+        if not self._parts:
+            return []
+        return [
+            self._parts[number].received() if number in self._parts else gateway_pb2.ReceivedSample()
+            for number in range(self._samples)
+        ]
+
     def finish(self) -> None:
         """To be called when the stream has ended well. Raises ServerError when a last response is missing."""
         if self._result is None:
@@ -106,6 +117,10 @@ class _Parts:
     def add(self, chunk: Chunk, finished: gateway_pb2.Completion | None) -> None:
         self._chunks.append(chunk)
         self.finished = finished or self.finished
+
+    def received(self) -> gateway_pb2.ReceivedSample:
+        ids = [token_id for chunk in self._chunks for token_id in chunk.token_ids]
+        return gateway_pb2.ReceivedSample(token_ids=ids, finished=self.finished is not None)
 
     @property
     def completion_tokens(self) -> int:

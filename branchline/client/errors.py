@@ -15,16 +15,18 @@ from __future__ import annotations
 
 import grpc
 
-#: Of trailing metadata: milliseconds until the client may try again.
+#: Of trailing metadata: milliseconds until the client may try again; a negative number forbids it.
 RETRY_METADATA = "grpc-retry-pushback-ms"
 
 
 class BranchlineError(Exception):
     """A call that failed. `code` is gRPC's name for it (`"UNAVAILABLE"`), `details` the server's explanation,
-    `retry_after` the seconds after which the server would have it tried again, None if it has said nothing.
+    `retry_after` the seconds after which the server would have it tried again, None if it has said nothing. `final`: it
+    has said that trying again is of no use.
     """
 
     retry_after: float | None = None
+    final: bool = False
 
     def __init__(self, details: str, code: str = "UNKNOWN") -> None:
         super().__init__(details)
@@ -99,13 +101,15 @@ def from_rpc_error(error: grpc.RpcError, target: str) -> BranchlineError:
     if code is grpc.StatusCode.UNAVAILABLE:
         details = f"{target}: {details}"
     failure = _BY_CODE[code](details, code.name)
-    failure.retry_after = _retry_after(error)
+    failure.retry_after, failure.final = _pushback(error)
     return failure
 
 
-def _retry_after(error: grpc.RpcError) -> float | None:
-    """The server's hint, in seconds."""
+def _pushback(error: grpc.RpcError) -> tuple[float | None, bool]:
+    """The server's hint: the seconds to wait, if it names any, and whether it says that waiting is of no use."""
     for name, value in error.trailing_metadata() or ():
-        if name == RETRY_METADATA and isinstance(value, str) and value.isascii() and value.isdigit():
-            return int(value) / 1000
-    return None
+        if name == RETRY_METADATA:
+            if isinstance(value, str) and value.isascii() and value.isdigit():
+                return int(value) / 1000, False
+            return None, True
+    return None, False

@@ -27,11 +27,22 @@ _LOOPBACK = ("127.", "localhost:", "[::1]:")
 _MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 
 
-def check_target(target: str) -> str:
-    host, separator, port = target.rpartition(":")
-    if not separator or not host or not port.isascii() or not port.isdigit():
-        raise InvalidRequestError(f"target: must be HOST:PORT, got {target!r}")
-    return target
+class Gateways:
+    """The gateways that a client was given, and the one of them that it talks to. Safe to share between threads."""
+
+    def __init__(self, target: str) -> None:
+        """`target`: HOST:PORT, or several with commas between. Raises InvalidRequestError."""
+        self.targets = tuple(dict.fromkeys(part.strip() for part in target.split(",")))
+        for part in self.targets:
+            host, separator, port = part.rpartition(":")
+            if not separator or not host or not port.isascii() or not port.isdigit():
+                raise InvalidRequestError(f"target: must be HOST:PORT, got {part!r}")
+        self.current = self.targets[0]
+
+    def leave(self, target: str) -> None:
+        """`target` has failed: the next one's turn, unless somebody else has left it before."""
+        if self.current == target:
+            self.current = self.targets[(self.targets.index(target) + 1) % len(self.targets)]
 
 
 def channel_options(target: str) -> list[tuple[str, int | str]]:

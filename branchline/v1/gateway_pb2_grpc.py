@@ -94,7 +94,7 @@ class GatewayServiceServicer:
         everything on all workers. Without a deadline of the client's the gateway's own applies. Safe to retry until
         the first response has come, and afterwards with `received`; with a seed a retry repeats the same text.
         The call's initial metadata has the request's id in `x-request-id`, before it waits for workers; Abort takes it.
-        A refusal that time may lift has `grpc-retry-pushback-ms` in its trailing metadata: when to try again.
+        An error has `grpc-retry-pushback-ms` in its trailing metadata: when to try again, or -1 where that is of no use.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -167,5 +167,6 @@ async def _mapped_errors(method: str, context: grpc.aio.ServicerContext) -> Asyn
         request_id = secrets.token_hex(6)
         logger.exception("%s failed, request %s", method, request_id)
         failure = RpcFailure(grpc.StatusCode.INTERNAL, f"internal error, request {request_id}")
-    hint = () if failure.retry_after_s is None else ((RETRY_METADATA, str(math.ceil(failure.retry_after_s * 1000))),)
-    await context.abort(failure.code, failure.details, hint)
+    # A negative number means, as in gRPC's own design of retries (gRFC A6), that trying again is of no use.
+    pushback_ms = -1 if failure.retry_after_s is None else math.ceil(failure.retry_after_s * 1000)
+    await context.abort(failure.code, failure.details, ((RETRY_METADATA, str(pushback_ms)),))

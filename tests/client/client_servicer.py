@@ -174,8 +174,8 @@ def finished(request: gateway_pb2.GenerateRequest) -> gateway_pb2.Completion:
 class ServerThread:
     """The server's event loop, apart from the test's: the synchronous client blocks the thread it is called from."""
 
-    def __init__(self) -> None:
-        self.gateway = ScriptedGateway()
+    def __init__(self, gateway: ScriptedGateway | None = None) -> None:
+        self.gateway = gateway or ScriptedGateway()
         self.loop = asyncio.new_event_loop()
         self.server = RpcServer("127.0.0.1", 0)
         self.server.add(
