@@ -12,10 +12,13 @@ from branchline.engine.assemble import assemble
 from branchline.engine.decode import DecodeRunner
 from branchline.engine.hosting import Host, hosted_engine
 from branchline.engine.load_budget import LoadBudget
+from branchline.observe.exposition import exposed
+from branchline.observe.tracing import tracing
 from branchline.v1 import decode_pb2_grpc
 from branchline.wire.server import RpcServer
 from decode_worker.engine_loop import DecodeLoop
 from decode_worker.leases import LeaseTable
+from decode_worker.metrics import decode_registry
 from decode_worker.service import PARSERS, SERVICE, DecodeService
 from decode_worker.sessions import Sessions
 
@@ -46,22 +49,28 @@ async def serve(
 
     async with hosted_engine("decode-engine", build, stop) as host:
         if host is not None:
-            await _serve(config, host, ready)
+            await _serve(config, host, ready, progress)
 
 
-async def _serve(config: Config, host: Host[DecodeLoop], ready: Callable[[str], None]) -> None:
-    table = LeaseTable(incarnation=secrets.token_hex(8), ttl_s=config.decode.lease_ttl_s)
+async def _serve(
+    config: Config, host: Host[DecodeLoop], ready: Callable[[str], None], progress: Callable[[str], None]
+) -> None:
+    own = config.decode
+    table = LeaseTable(incarnation=secrets.token_hex(8), ttl_s=own.lease_ttl_s)
     sessions = Sessions(host.thread, host.engine, table)
-    server = RpcServer(config.decode.host, config.decode.port)
-    server.add(SERVICE, DecodeService(sessions), decode_pb2_grpc.add_DecodeServiceServicer_to_server, PARSERS)
-    expiry = asyncio.create_task(_expire(sessions))
-    try:
-        ready(await server.start())
-        await host.until_stopped(expiry)
-    finally:
-        expiry.cancel()
-        sessions.close("the worker is stopping")
-        await server.stop(GRACE_S)
+    async with tracing(config.tracing, "decode", table.incarnation) as tracer:
+        server = RpcServer(own.host, own.port)
+        service = DecodeService(sessions, tracer)
+        server.add(SERVICE, service, decode_pb2_grpc.add_DecodeServiceServicer_to_server, PARSERS)
+        expiry = asyncio.create_task(_expire(sessions))
+        try:
+            async with exposed(decode_registry(sessions), own.host, own.metrics_port, progress):
+                ready(await server.start())
+                await host.until_stopped(expiry)
+        finally:
+            expiry.cancel()
+            sessions.close("the worker is stopping")
+            await server.stop(GRACE_S)
 
 
 async def _expire(sessions: Sessions) -> None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from prometheus_client import CollectorRegistry
+
+from branchline.observe.tracing import NoTracer, Tracer
 from gateway.backend import Backend
 from gateway.chat import Chats
 from gateway.door import Door
 from gateway.generation import Generator
 from gateway.info import Info
+from gateway.metrics import Counts, gateway_registry
 from gateway.parsing import Parsers, PlainText
 from gateway.tokens import Tokens
+from gateway.watch import Watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +26,23 @@ class Desk:
     generator: Generator
     chats: Chats
     info: Info
+    #: The gateway's metrics.
+    registry: CollectorRegistry
 
     @classmethod
-    def make(cls, backend: Backend, tokens: Tokens, model: str, parsers: Parsers | None = None) -> Desk:
+    def make(
+        cls,
+        backend: Backend,
+        tokens: Tokens,
+        model: str,
+        parsers: Parsers | None = None,
+        tracer: Tracer | None = None,
+    ) -> Desk:
         """`model` is the configured one."""
-        door = Door(backend.config)
-        generator = Generator(backend, tokens, door)
-        return cls(door, generator, Chats(generator, parsers or PlainText()), Info(backend, door, model))
+        door, counts = Door(backend.config), Counts()
+        generator = Generator(backend, tokens, door, Watch(tracer or NoTracer(), counts))
+        chats, info = Chats(generator, parsers or PlainText()), Info(backend, door, model)
+        return cls(door, generator, chats, info, gateway_registry(backend, door, counts))
 
     @property
     def tokens(self) -> Tokens:

@@ -73,6 +73,11 @@ class Placer:
         self._patience_s = patience_s
         self._turns = Turns()
 
+    @property
+    def waiting(self) -> int:
+        """Those that wait for room."""
+        return len(self._turns)
+
     async def place(self, search: Search) -> Placement:
         """Raises RpcFailure UNAVAILABLE when no pair can serve, InvalidRequestError when a worker refuses for good,
         NoRoomTogetherError when it was the turn of several samples and no worker could take them together.

@@ -10,6 +10,7 @@ from branchline.v1 import gateway_pb2, types_pb2
 from branchline.wire import convert
 from gateway.journal import JournalEntry
 from gateway.output import Output
+from gateway.watch import SampleWatch
 
 #: Sends a response to the client. Calls from several tasks at once must be safe.
 Write = Callable[[gateway_pb2.GenerateResponse], Awaitable[None]]
@@ -23,6 +24,7 @@ class Sample:
     entry: JournalEntry
     output: Output
     write: Write
+    watch: SampleWatch
 
     async def deliver(self, token_ids: Sequence[int], logprobs: Sequence[types_pb2.TokenLogprobs]) -> bool:
         """Takes new tokens; returns True when they complete a stop string, so that no more are wanted.
@@ -31,6 +33,7 @@ class Sample:
         """
         piece = self.output.push(token_ids)
         self.entry.record(piece.token_ids)
+        self.watch.tokens(len(piece.token_ids))
         await self.write(
             gateway_pb2.GenerateResponse(
                 sample=self.index,
@@ -45,6 +48,7 @@ class Sample:
         """Writes the last response."""
         entry = self.entry
         text, reason = self.output.finish(reason)
+        self.watch.finished(reason)
         completion = gateway_pb2.Completion(
             finish_reason=convert.finish_reason_to_proto(reason),
             usage=gateway_pb2.Usage(

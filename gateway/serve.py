@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING
 import branchline.v1.gateway_pb2_grpc as gateway_pb2_grpc
 from branchline.config import Config, GatewayConfig
 from branchline.engine.models.locate import locate_model
+from branchline.observe.exposition import exposed
+from branchline.observe.tracing import Tracer, tracing
 from branchline.wire.server import RpcServer
 from gateway.backend import Backend
 from gateway.desk import Desk
@@ -20,7 +23,7 @@ from gateway.service import GatewayService
 from gateway.tokens import Tokens
 
 if TYPE_CHECKING:
-    from gateway.http.server import HttpServer
+    from branchline.wire.http_server import HttpServer
 
 SERVICE = "branchline.v1.GatewayService"
 
@@ -51,21 +54,34 @@ async def serve(
     addresses change. Raises ModelError, BindError, WorkersNotReadyError, or InvalidRequestError for an address of a
     worker that is not HOST:PORT. Everything is closed when it returns or raises.
     """
+    async with tracing(config.tracing, "gateway", secrets.token_hex(8)) as tracer:
+        await _serve(config, tracer, ready, stop, progress, on_pool)
+
+
+async def _serve(
+    config: Config,
+    tracer: Tracer,
+    ready: Callable[..., None],
+    stop: asyncio.Event,
+    progress: Callable[[str], None],
+    on_pool: Callable[[WorkerPool], None],
+) -> None:
     settings = config.gateway
     tokens = await asyncio.to_thread(_load_tokens, config.model.model, progress)
     parsers = await asyncio.to_thread(_load_parsers, settings, tokens, progress)
     backend = Backend(settings)
-    desk = Desk.make(backend, tokens, config.model.model, parsers)
+    desk = Desk.make(backend, tokens, config.model.model, parsers, tracer)
     server = RpcServer(settings.host, settings.grpc_port)
     server.add(SERVICE, GatewayService(desk), gateway_pb2_grpc.add_GatewayServiceServicer_to_server)
     http = await asyncio.to_thread(_load_http, settings, desk, progress) if settings.http_port >= 0 else None
     try:
         backend.pool.update(config.gateway.prefill_workers, config.gateway.decode_workers)
         on_pool(backend.pool)
-        if await _workers_ready(backend.pool, stop, config.ray.start_timeout_s, progress):
-            addresses = [await server.start()] + ([await http.start()] if http else [])
-            ready(*addresses)
-            await stop.wait()
+        async with exposed(desk.registry, settings.host, settings.metrics_port, progress):
+            if await _workers_ready(backend.pool, stop, config.ray.start_timeout_s, progress):
+                addresses = [await server.start()] + ([await http.start()] if http else [])
+                ready(*addresses)
+                await stop.wait()
     finally:
         desk.door.close()
         if http:
@@ -84,8 +100,8 @@ def _load_tokens(model: str, progress: Callable[[str], None]) -> Tokens:
 def _load_http(settings: GatewayConfig, desk: Desk, progress: Callable[[str], None]) -> HttpServer:
     """Imported only where it is served: OpenAI's types take a second or two."""
     progress("gateway: loading the HTTP API")
+    from branchline.wire.http_server import HttpServer
     from gateway.http.app import application
-    from gateway.http.server import HttpServer
 
     return HttpServer(application(desk), settings.host, settings.http_port)
 

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 
 import grpc
 
@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 class HandoffSender:
     """Ships one request's hand-off to the lease that `header` names.
 
-    `stall_s`: how long the decode worker may take to answer or to take a message.
+    `stall_s`: how long the decode worker may take to answer or to take a message; `metadata` goes with each stream.
     """
 
     def __init__(
@@ -64,7 +64,11 @@ class HandoffSender:
         header: decode_pb2.HandoffHeader,
         messages: AsyncGenerator[Outgoing],
         stall_s: float,
+        metadata: Sequence[tuple[str, str]] = (),
     ) -> None:
+        #: Times that a stream was opened again because one had broken.
+        self.retries = 0
+        self._metadata = metadata
         self._transport = transport
         self._address = address
         self._header = header
@@ -136,6 +140,7 @@ class HandoffSender:
                     raise
                 logger.info("handoff to=%s stream=%d resumes after %s", self._address, number, error)
             await asyncio.sleep(RESUME_AFTER_S[failures - 1])
+            self.retries += 1
 
     async def _stream(self, number: int) -> None:
         """One stream, until it breaks: StreamError; or until the decode worker has everything."""
@@ -143,7 +148,7 @@ class HandoffSender:
         header.CopyFrom(self._header)
         header.stream = number
         seal(header)
-        stream = self._transport.open(number)
+        stream = self._transport.open(number, self._metadata)
         reading: asyncio.Task[None] | None = None
         try:
             await self._send(stream, decode_pb2.HandoffRequest(header=header))

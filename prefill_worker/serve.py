@@ -11,6 +11,8 @@ from branchline.config import Config
 from branchline.engine.assemble import assemble
 from branchline.engine.hosting import Host, hosted_engine
 from branchline.engine.prefill import PrefillRunner
+from branchline.observe.exposition import exposed
+from branchline.observe.tracing import tracing
 from branchline.v1 import prefill_pb2_grpc
 from branchline.wire.server import RpcServer
 from prefill_worker.engine_loop import PrefillLoop
@@ -41,18 +43,23 @@ async def serve(
 
     async with hosted_engine("prefill-engine", build, stop) as host:
         if host is not None:
-            await _serve(config, host, ready)
+            await _serve(config, host, ready, progress)
 
 
-async def _serve(config: Config, host: Host[PrefillLoop], ready: Callable[[str], None]) -> None:
-    service = PrefillService(
-        host.thread, host.engine, secrets.token_hex(8), config.prefill.lease_ttl_s, config.transfer.streams
-    )
-    server = RpcServer(config.prefill.host, config.prefill.port)
-    server.add(SERVICE, service, prefill_pb2_grpc.add_PrefillServiceServicer_to_server)
-    try:
-        ready(await server.start())
-        await host.until_stopped()
-    finally:
-        await server.stop(GRACE_S)
-        await service.close()
+async def _serve(
+    config: Config, host: Host[PrefillLoop], ready: Callable[[str], None], progress: Callable[[str], None]
+) -> None:
+    incarnation, own = secrets.token_hex(8), config.prefill
+    async with tracing(config.tracing, "prefill", incarnation) as tracer:
+        service = PrefillService(
+            host.thread, host.engine, incarnation, own.lease_ttl_s, config.transfer.streams, tracer
+        )
+        server = RpcServer(own.host, own.port)
+        server.add(SERVICE, service, prefill_pb2_grpc.add_PrefillServiceServicer_to_server)
+        try:
+            async with exposed(service.registry, own.host, own.metrics_port, progress):
+                ready(await server.start())
+                await host.until_stopped()
+        finally:
+            await server.stop(GRACE_S)
+            await service.close()

@@ -144,7 +144,7 @@ async def _mapped_errors(method: str, context: grpc.aio.ServicerContext) -> Asyn
         failure = failure_for(error)
     except Exception:
         request_id = secrets.token_hex(6)
-        logger.exception("%s failed, request %s", method, request_id)
+        logger.exception("%s failed", method, extra={"request_id": request_id})
         failure = RpcFailure(grpc.StatusCode.INTERNAL, f"internal error, request {request_id}")
     hint = () if failure.retry_after_s is None else ((RETRY_METADATA, str(round(failure.retry_after_s * 1000))),)
     await context.abort(failure.code, failure.details, hint)

@@ -1,0 +1,13 @@
+"""What every section of the configuration needs to check itself."""
+
+from __future__ import annotations
+
+
+class ConfigError(ValueError):
+    """A wrong configuration; the message names the field."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ConfigError unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
