@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Sequence
 
 import grpc
 
+from branchline.observe.logs import about
 from branchline.v1 import decode_pb2
 from branchline.wire.kv_codec import Outgoing
 from branchline.wire.seals import intact, seal
@@ -55,6 +56,7 @@ class HandoffSender:
     """Ships one request's hand-off to the lease that `header` names.
 
     `stall_s`: how long the decode worker may take to answer or to take a message; `metadata` goes with each stream.
+    `request_id` is for the log.
     """
 
     def __init__(
@@ -65,7 +67,9 @@ class HandoffSender:
         messages: AsyncGenerator[Outgoing],
         stall_s: float,
         metadata: Sequence[tuple[str, str]] = (),
+        request_id: str = "",
     ) -> None:
+        self._request_id = request_id
         #: Times that a stream was opened again because one had broken.
         self.retries = 0
         self._metadata = metadata
@@ -138,7 +142,8 @@ class HandoffSender:
                 stalled = time.monotonic() - self._heard >= self._stall_s
                 if error.code not in _RESUMABLE or failures > len(RESUME_AFTER_S) or stalled:
                     raise
-                logger.info("handoff to=%s stream=%d resumes after %s", self._address, number, error)
+                facts = (self._address, number, error)
+                logger.info("handoff to=%s stream=%d resumes after %s", *facts, extra=about(self._request_id))
             await asyncio.sleep(RESUME_AFTER_S[failures - 1])
             self.retries += 1
 

@@ -144,7 +144,9 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         job.first[0].add_done_callback(lambda _: chosen_at.append(time.monotonic()))
         facts = {"branchline.lease_id": header.lease_id, "branchline.decode_address": address}
         with self._tracer.span("hand-off", prefill.metadata, facts, serves=False) as span:
-            sender = HandoffSender(transport, address, header, job.messages(), self._stall_s, span.metadata)
+            sender = HandoffSender(
+                transport, address, header, job.messages(), self._stall_s, span.metadata, job.request_id
+            )
             outcome = "failed"
             try:
                 totals = await sender.run()

@@ -42,7 +42,8 @@ class AsyncClient:
             async for chunk in client.generate(prompt="Once upon a time", max_tokens=64):
                 print(chunk.text, end="", flush=True)
 
-    It connects with its first call. `timeout` is the deadline in seconds of calls that bring none.
+    It connects with its first call. `timeout` is the deadline in seconds of calls that bring none. The `traceparent` of
+    a call is a W3C trace context: the gateway's spans then belong to the caller's trace.
     Calls raise the exceptions of `branchline.client.errors`.
     """
 
@@ -66,37 +67,41 @@ class AsyncClient:
         if self._channel is not None:
             await self._channel.close()
 
-    async def complete(self, *, timeout: float | None = None, **options: Unpack[GenerateOptions]) -> Completion:
+    async def complete(
+        self, *, timeout: float | None = None, traceparent: str | None = None, **options: Unpack[GenerateOptions]
+    ) -> Completion:
         """Generates and waits for the end, at most `timeout` seconds. Options: see GenerateOptions."""
-        async with self.generate(timeout=timeout, **options) as stream:
+        async with self.generate(timeout=timeout, traceparent=traceparent, **options) as stream:
             async for _ in stream:
                 pass
             return stream.result
 
     def generate(
-        self, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+        self, *, timeout: float | None = None, traceparent: str | None = None, **options: Unpack[GenerateOptions]
     ) -> AsyncStream[Chunk, Completion]:
         """Generates and yields the parts as they come, for `timeout` seconds. Options: see GenerateOptions."""
         timeout_s = self._timeout_s if timeout is None else deadline(timeout)
-        request = generate_request(**options)
-        call = self._stub().Generate(request, timeout=timeout_s)
+        request, metadata = generate_request(**options), transport.trace_metadata(traceparent)
+        call = self._stub().Generate(request, timeout=timeout_s, metadata=metadata)
         return AsyncStream(call, Collector(max(1, request.n)), self.target)
 
-    async def complete_chat(self, *, timeout: float | None = None, **options: Unpack[ChatOptions]) -> ChatCompletion:
+    async def complete_chat(
+        self, *, timeout: float | None = None, traceparent: str | None = None, **options: Unpack[ChatOptions]
+    ) -> ChatCompletion:
         """Answers a chat and waits for the end, at most `timeout` seconds. Options: see ChatOptions."""
-        async with self.chat(timeout=timeout, **options) as stream:
+        async with self.chat(timeout=timeout, traceparent=traceparent, **options) as stream:
             async for _ in stream:
                 pass
             return stream.result
 
     def chat(
-        self, *, timeout: float | None = None, **options: Unpack[ChatOptions]
+        self, *, timeout: float | None = None, traceparent: str | None = None, **options: Unpack[ChatOptions]
     ) -> AsyncStream[ChatChunk, ChatCompletion]:
         """Answers a chat and yields the parts as they come: content, reasoning, calls. Options: see ChatOptions."""
         timeout_s = self._timeout_s if timeout is None else deadline(timeout)
-        request = chat_request(**options)
+        request, metadata = chat_request(**options), transport.trace_metadata(traceparent)
         collector = ChatCollector(max(1, request.options.n))
-        return AsyncStream(self._stub().Chat(request, timeout=timeout_s), collector, self.target)
+        return AsyncStream(self._stub().Chat(request, timeout=timeout_s, metadata=metadata), collector, self.target)
 
     async def tokenize(
         self,

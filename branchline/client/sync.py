@@ -35,7 +35,8 @@ class Client:
         with Client("127.0.0.1:50051") as client:
             print(client.complete(prompt="The capital of France is", max_tokens=16).text)
 
-    It connects with its first call. `timeout` is the deadline in seconds of calls that bring none.
+    It connects with its first call. `timeout` is the deadline in seconds of calls that bring none. The `traceparent` of
+    a call is a W3C trace context: the gateway's spans then belong to the caller's trace.
     Calls raise the exceptions of `branchline.client.errors`.
     """
 
@@ -60,39 +61,43 @@ class Client:
         self._closed = True
         self._channel.close()
 
-    def complete(self, *, timeout: float | None = None, **options: Unpack[GenerateOptions]) -> Completion:
+    def complete(
+        self, *, timeout: float | None = None, traceparent: str | None = None, **options: Unpack[GenerateOptions]
+    ) -> Completion:
         """Generates and waits for the end, at most `timeout` seconds. Options: see GenerateOptions."""
-        with self.generate(timeout=timeout, **options) as stream:
+        with self.generate(timeout=timeout, traceparent=traceparent, **options) as stream:
             for _ in stream:
                 pass
             return stream.result
 
     def generate(
-        self, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+        self, *, timeout: float | None = None, traceparent: str | None = None, **options: Unpack[GenerateOptions]
     ) -> Stream[Chunk, Completion]:
         """Generates and yields the parts as they come, for `timeout` seconds. Options: see GenerateOptions."""
         timeout_s = self._timeout_s if timeout is None else deadline(timeout)
-        request = generate_request(**options)
+        request, metadata = generate_request(**options), transport.trace_metadata(traceparent)
         self._require_open()
-        call = self._stub.Generate(request, timeout=timeout_s)
+        call = self._stub.Generate(request, timeout=timeout_s, metadata=metadata)
         return Stream(call, Collector(max(1, request.n)), self.target)
 
-    def complete_chat(self, *, timeout: float | None = None, **options: Unpack[ChatOptions]) -> ChatCompletion:
+    def complete_chat(
+        self, *, timeout: float | None = None, traceparent: str | None = None, **options: Unpack[ChatOptions]
+    ) -> ChatCompletion:
         """Answers a chat and waits for the end, at most `timeout` seconds. Options: see ChatOptions."""
-        with self.chat(timeout=timeout, **options) as stream:
+        with self.chat(timeout=timeout, traceparent=traceparent, **options) as stream:
             for _ in stream:
                 pass
             return stream.result
 
     def chat(
-        self, *, timeout: float | None = None, **options: Unpack[ChatOptions]
+        self, *, timeout: float | None = None, traceparent: str | None = None, **options: Unpack[ChatOptions]
     ) -> Stream[ChatChunk, ChatCompletion]:
         """Answers a chat and yields the parts as they come: content, reasoning, calls. Options: see ChatOptions."""
         timeout_s = self._timeout_s if timeout is None else deadline(timeout)
-        request = chat_request(**options)
+        request, metadata = chat_request(**options), transport.trace_metadata(traceparent)
         collector = ChatCollector(max(1, request.options.n))
         self._require_open()
-        return Stream(self._stub.Chat(request, timeout=timeout_s), collector, self.target)
+        return Stream(self._stub.Chat(request, timeout=timeout_s, metadata=metadata), collector, self.target)
 
     def tokenize(
         self,

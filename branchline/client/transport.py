@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -58,6 +59,18 @@ REQUEST_ID_METADATA = "x-request-id"
 def request_id(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
     """Of a call's initial metadata; empty when the server gives none."""
     return next((str(value) for name, value in metadata or () if name == REQUEST_ID_METADATA), "")
+
+
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+def trace_metadata(traceparent: str | None) -> tuple[tuple[str, str], ...]:
+    """Of a call. Raises InvalidRequestError for what is no W3C trace context."""
+    if traceparent is None:
+        return ()
+    if not isinstance(traceparent, str) or _TRACEPARENT.fullmatch(traceparent) is None:
+        raise InvalidRequestError(f"traceparent: must be 00-TRACE-SPAN-FLAGS in lower hexadecimal, got {traceparent!r}")
+    return (("traceparent", traceparent),)
 
 
 def tokenize_request(

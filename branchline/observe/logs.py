@@ -63,3 +63,4 @@ def handler(config: LoggingConfig, role: str) -> logging.Handler:
 def set_up(config: LoggingConfig, role: str, level: int) -> None:
     """For the whole process; does nothing where somebody has set logging up already."""
     logging.basicConfig(level=level, handlers=[handler(config, role)])
+    logging.captureWarnings(config.format == "json")
