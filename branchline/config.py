@@ -16,7 +16,9 @@ from typing import Any
 
 from branchline.config_base import ConfigError as ConfigError
 from branchline.config_base import require as _require
-from branchline.config_observe import LoggingConfig, TracingConfig
+from branchline.config_base import require_choice as _choice
+from branchline.config_observe import LoggingConfig, TracingConfig, require_metrics_port
+from branchline.config_security import SecurityConfig
 
 DTYPES = ("bfloat16", "float16", "float32")
 PROVIDERS = ("vllm", "reference")
@@ -24,14 +26,6 @@ PROVIDERS = ("vllm", "reference")
 CORES_TO_SHARE_OUT = 4
 DEVICES = ("auto", "cpu", "cuda")
 _ITEMS = {str: "strings", int: "whole numbers", float: "numbers"}
-
-
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    _require(value in choices, f"{name}: must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _metrics_port(name: str, port: int) -> None:
-    _require(-1 <= port <= 65535, f"{name}: must be between -1 and 65535, got {port}")
 
 
 @dataclass(frozen=True)
@@ -125,7 +119,7 @@ class WorkerConfig:
     def __post_init__(self) -> None:
         _require(self.replicas >= 1, f"replicas: must be at least 1, got {self.replicas}")
         _require(0 <= self.port <= 65535, f"port: must be between 0 and 65535, got {self.port}")
-        _metrics_port("metrics_port", self.metrics_port)
+        require_metrics_port("metrics_port", self.metrics_port)
         _require(self.num_cpus >= 0, f"num_cpus: must not be negative, got {self.num_cpus}")
         _require(self.num_gpus >= 0, f"num_gpus: must not be negative, got {self.num_gpus}")
         _require(self.lease_ttl_s > 0, f"lease_ttl_s: must be positive, got {self.lease_ttl_s}")
@@ -173,6 +167,10 @@ class GatewayConfig:
     max_attempts: int = 4
     #: Requests in the house at once; more are refused.
     max_requests: int = 256
+    #: Calls over gRPC, open HTTP connections, and HTTP requests that are read or answered, at once; more are refused.
+    max_grpc_calls: int = 1024
+    max_http_connections: int = 1024
+    max_http_requests: int = 512
     #: Largest max_tokens, and the default where the context leaves more.
     max_tokens_limit: int = 4096
 
@@ -181,8 +179,9 @@ class GatewayConfig:
         _require(
             -1 <= self.http_port <= 65535, f"gateway.http_port: must be between -1 and 65535, got {self.http_port}"
         )
-        _metrics_port("gateway.metrics_port", self.metrics_port)
-        for name in ("replicas", "max_attempts", "max_requests", "max_tokens_limit"):
+        require_metrics_port("gateway.metrics_port", self.metrics_port)
+        counts = ("replicas", "max_attempts", "max_requests", "max_tokens_limit")
+        for name in (*counts, "max_grpc_calls", "max_http_connections", "max_http_requests"):
             _require(getattr(self, name) >= 1, f"gateway.{name}: must be at least 1, got {getattr(self, name)}")
         for name in ("request_timeout_s", "stall_timeout_s", "worker_wait_s"):
             _require(getattr(self, name) > 0, f"gateway.{name}: must be positive, got {getattr(self, name)}")
@@ -210,6 +209,7 @@ class Config:
     ray: RayConfig = field(default_factory=RayConfig)
     tracing: TracingConfig = field(default_factory=TracingConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    security: SecurityConfig = field(default_factory=SecurityConfig)
 
     def __post_init__(self) -> None:
         _require(
@@ -223,8 +223,12 @@ class Config:
         for path, value in flags.items():
             if value is None:
                 continue
-            section, name = path.split(".")
-            tree[section][name] = value
+            *sections, name = path.split(".")
+            part = tree
+            for section in sections:
+                part = part.setdefault(section, {})  # one that does not exist is refused below
+                _require(isinstance(part, dict), f"{path}: unknown field")
+            part[name] = value
         return from_mapping(tree)
 
 

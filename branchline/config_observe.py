@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from branchline.config_base import require
+from branchline.config_base import require, require_choice
 
 LOG_FORMATS = ("text", "json")
 
@@ -37,7 +37,9 @@ class LoggingConfig:
     format: str = "text"
 
     def __post_init__(self) -> None:
-        require(
-            self.format in LOG_FORMATS,
-            f"logging.format: must be one of {', '.join(LOG_FORMATS)}, got {self.format!r}",
-        )
+        require_choice("logging.format", self.format, LOG_FORMATS)
+
+
+def require_metrics_port(name: str, port: int) -> None:
+    """Raises ConfigError for what is neither a port nor -1, which is none."""
+    require(-1 <= port <= 65535, f"{name}: must be between -1 and 65535, got {port}")

@@ -73,7 +73,7 @@ def read_config(path: str | None, overrides: Sequence[str]) -> Config:
     flags: dict[str, Any] = {}
     for override in overrides:
         name, separator, value = override.partition("=")
-        if not separator or name.count(".") != 1:
+        if not separator or "." not in name:
             raise ConfigError(f"--set {override}: must be SECTION.FIELD=VALUE")
         if name.partition(".")[0] not in Config.__dataclass_fields__:
             raise ConfigError(f"--set {override}: unknown section")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from typing import Any
 
 from branchline.client import (
+    AuthenticationError,
     BranchlineError,
     Client,
     Completion,
@@ -19,12 +21,14 @@ from branchline.client import (
     ServerInfo,
     UnavailableError,
 )
+from cluster.access import connect
 from cluster.options import options_from, sample_options_from
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_UNAVAILABLE, EXIT_DEADLINE, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 _EXIT_CODES: tuple[tuple[type[BranchlineError], int], ...] = (
     (InvalidRequestError, EXIT_USAGE),
+    (AuthenticationError, EXIT_USAGE),
     (UnavailableError, EXIT_UNAVAILABLE),
     (OverloadedError, EXIT_UNAVAILABLE),
     (DeadlineExceededError, EXIT_DEADLINE),
@@ -37,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         if arguments.command == "info":
             return info(arguments)
-        with Client(arguments.target) as client:
+        with connect(arguments.target, arguments, os.environ) as client:
             if arguments.command == "chat":
                 return chat(client, arguments)
             return generate(client, arguments)
@@ -108,7 +112,7 @@ def chat(client: Client, arguments: argparse.Namespace) -> int:
 
 
 def info(arguments: argparse.Namespace) -> int:
-    with Client(arguments.target) as client:
+    with connect(arguments.target, arguments, os.environ) as client:
         answer = client.info(timeout=arguments.timeout or INFO_TIMEOUT_S)
     print(json.dumps(dataclasses.asdict(answer)) if arguments.json else info_table(answer))
     return EXIT_OK

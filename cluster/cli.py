@@ -1,4 +1,4 @@
-"""The command line: `branchline serve | generate | chat | info | explain`.
+"""The command line: `branchline serve | generate | chat | info | explain | keys`.
 
 Each command imports what it needs when it runs: `generate`, `chat` and `info` work where only the SDK is installed.
 """
@@ -29,6 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from cluster import explain
 
         return explain.run(arguments)
+    if arguments.command == "keys":
+        from cluster import keys
+
+        return keys.run(arguments)
     from cluster import ask
 
     return ask.run(arguments)
@@ -36,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from cluster.flags import add_model_flags, add_serve_flags
+    from cluster.keys import add_keys_flags
     from cluster.options import add_option_flags, add_sample_flags
 
     parser = _with_exit_codes(
@@ -74,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
         "--json", action="store_true", help="print a JSON object for each step, and one for the totals"
     )
     add_model_flags(explain)
+
+    add_keys_flags(_command(commands, "keys", "API keys for the gateway"))
     return parser
 
 
@@ -90,8 +97,11 @@ def _with_exit_codes(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
 
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
+    from cluster.access import add_access_flags
+
     parser.add_argument("--target", required=True, metavar="HOST:PORT", help="the gateway")
     parser.add_argument("--timeout", type=float, metavar="S", help="seconds that a call may take")
+    add_access_flags(parser)
 
 
 if __name__ == "__main__":

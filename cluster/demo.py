@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, TextIO
 import psutil
 
 from branchline.client import BranchlineError, Client, Completion, GenerateOptions
+from cluster.access import add_access_flags, connect
 from cluster.ask import stream
 from cluster.flags import add_serve_flags
 from cluster.launch import EXIT_FAILED, EXIT_OK, fail, run
@@ -39,13 +40,14 @@ ANSWER_TIMEOUT_S = 120.0
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m cluster.demo", description=__doc__.split("\n")[0])
     add_serve_flags(parser)
+    add_access_flags(parser)
     arguments = parser.parse_args(argv)
     if not arguments.ray_address:
         arguments.ray_address = "local"
     # All temporary files of this process and its children go where they can be seen.
     directory = Path(tempfile.mkdtemp(prefix="bl-demo-"))
     os.environ["TMPDIR"] = tempfile.tempdir = str(directory)
-    demo = Demo()
+    demo = Demo(arguments)
     code = run(arguments, demo.ask_all)
     left = leftovers(demo.addresses, directory)
     if left:
@@ -59,19 +61,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 class Demo:
     """Asks the questions and remembers the addresses that must be closed afterwards."""
 
-    def __init__(self) -> None:
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
         self.addresses: list[str] = []
 
     def ask_all(self, system: System, stopping: Stopping, out: TextIO) -> int:
-        with Client(system.gateways[0]) as client, contextlib.redirect_stdout(out):
-            self.addresses = [*system.gateways, *system.http, *(worker.address for worker in client.info().workers)]
-            for prompt in PROMPTS:
-                if stopping():
-                    return EXIT_OK
-                try:
+        try:
+            with connect(system.gateways[0], self._arguments, os.environ) as client, contextlib.redirect_stdout(out):
+                self.addresses = [*system.gateways, *system.http, *(worker.address for worker in client.info().workers)]
+                for prompt in PROMPTS:
+                    if stopping():
+                        break
                     _ask(client, prompt)
-                except BranchlineError as error:
-                    return fail(str(error), EXIT_FAILED)
+        except BranchlineError as error:
+            return fail(str(error), EXIT_FAILED)
         return EXIT_OK
 
 

@@ -12,6 +12,7 @@ from gateway.chat import Chats
 from gateway.door import Door
 from gateway.generation import Generator
 from gateway.info import Info
+from gateway.keys import Keyring
 from gateway.metrics import Counts, gateway_registry
 from gateway.parsing import Parsers, PlainText
 from gateway.tokens import Tokens
@@ -36,10 +37,11 @@ class Desk:
         tokens: Tokens,
         model: str,
         parsers: Parsers | None = None,
+        keyring: Keyring | None = None,
         tracer: Tracer | None = None,
     ) -> Desk:
-        """`model` is the configured one."""
-        door, counts = Door(backend.config), Counts()
+        """`model` is the configured one; without a `keyring` nobody needs a key."""
+        door, counts = Door(backend.config, keyring), Counts()
         generator = Generator(backend, tokens, door, Watch(tracer or NoTracer(), counts))
         chats, info = Chats(generator, parsers or PlainText()), Info(backend, door, model)
         return cls(door, generator, chats, info, gateway_registry(backend, door, counts))

@@ -11,7 +11,7 @@ from branchline.observe.metrics import version
 from branchline.v1 import gateway_pb2
 from branchline.wire.status import RpcFailure
 from gateway.backend import Backend
-from gateway.door import Door, Visit
+from gateway.door import Door, Guest, Visit
 from gateway.worker import Role, Worker
 
 logger = logging.getLogger(__name__)
@@ -59,10 +59,10 @@ class Info:
             active_requests=self._door.active_requests,
         )
 
-    def status(self) -> gateway_pb2.GetStatusResponse:
+    def status(self, guest: Guest) -> gateway_pb2.GetStatusResponse:
         now = time.monotonic()
         return gateway_pb2.GetStatusResponse(
-            requests=[_request_status(visit, now) for visit in self._door.visits],
+            requests=[_request_status(visit, now) for visit in self._door.visits_for(guest)],
             max_requests=self._door.max_requests,
         )
 
@@ -73,8 +73,8 @@ def _request_status(visit: Visit, now: float) -> gateway_pb2.RequestStatus:
         request_id=visit.request_id,
         interface=visit.call.interface,
         age_s=now - visit.arrived,
-        prompt_tokens=sum(len(entry.prompt) for entry in first),
-        completion_tokens=sum(len(entry.emitted) for entry in visit.entries),
+        prompt_tokens=visit.prompt_tokens,
+        completion_tokens=visit.completion_tokens,
         samples=len(visit.entries),
         priority=first[0].priority if first else 0,
     )

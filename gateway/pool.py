@@ -13,6 +13,7 @@ import grpc
 
 from branchline.core import InvalidRequestError
 from branchline.wire.status import RpcFailure
+from branchline.wire.tls import ChannelTls
 from gateway.background import Background
 from gateway.worker import Role, Worker
 
@@ -63,7 +64,9 @@ class _Watch:
 class WorkerPool:
     """Polls every worker once a second. Belongs to one event loop; `update` alone may be called from any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ChannelTls | None = None) -> None:
+        """`tls`: of the connections to workers; None for plain text."""
+        self._tls = tls
         self._loop = asyncio.get_running_loop()
         self._workers: dict[tuple[Role, str], Worker] = {}
         self._watches: dict[Worker, _Watch] = {}
@@ -174,7 +177,7 @@ class WorkerPool:
             self._watches.pop(worker).task.cancel()
         for role, address in wanted:
             if (role, address) not in self._workers:
-                worker = Worker(role, address)
+                worker = Worker(role, address, self._tls)
                 self._workers[role, address] = worker
                 poke = asyncio.Event()
                 task = self._background.spawn(self._watch(worker, poke), f"watch {worker}")

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import branchline.v1.gateway_pb2_grpc as gateway_pb2_grpc
 from branchline.config import Config, GatewayConfig
 from branchline.engine.models.locate import locate_model
 from branchline.observe.exposition import exposed
 from branchline.observe.tracing import Tracer, tracing
-from branchline.wire.server import RpcServer
+from branchline.wire.server import RpcServer, is_loopback
+from branchline.wire.tls import ServerFiles, channel_tls, outside_files, server_context, server_credentials
 from gateway.backend import Backend
+from gateway.background import Background
 from gateway.desk import Desk
+from gateway.keys import Keyring
 from gateway.parsing import Parsers
 from gateway.pool import WorkerPool, WorkersNotReadyError
 from gateway.service import GatewayService
@@ -25,7 +28,7 @@ from gateway.tokens import Tokens
 if TYPE_CHECKING:
     from branchline.wire.http_server import HttpServer
 
-SERVICE = "branchline.v1.GatewayService"
+logger = logging.getLogger(__name__)
 
 #: Seconds between two lines of progress while workers are awaited.
 _REPORT_INTERVAL_S = 5.0
@@ -51,8 +54,8 @@ async def serve(
     of the HTTP API as a second argument if it is served.
 
     `on_pool` gets the pool of workers as soon as it exists: its `update` may then be called from any thread when
-    addresses change. Raises ModelError, BindError, WorkersNotReadyError, or InvalidRequestError for an address of a
-    worker that is not HOST:PORT. Everything is closed when it returns or raises.
+    addresses change. Raises ConfigError, ModelError, BindError, WorkersNotReadyError, or InvalidRequestError for an
+    address of a worker that is not HOST:PORT. Everything is closed when it returns or raises.
     """
     async with tracing(config.tracing, "gateway", secrets.token_hex(8)) as tracer:
         await _serve(config, tracer, ready, stop, progress, on_pool)
@@ -67,28 +70,46 @@ async def _serve(
     on_pool: Callable[[WorkerPool], None],
 ) -> None:
     settings = config.gateway
+    # First, so that a mistake is told at once.
+    inside, files = channel_tls(config.security.inside), outside_files(config.security.outside)
+    credentials = server_credentials(files)
+    keyring = Keyring(config.security.api_keys) if config.security.api_keys else None
+    _warn_of_openness(config)
     tokens = await asyncio.to_thread(_load_tokens, config.model.model, progress)
     parsers = await asyncio.to_thread(_load_parsers, settings, tokens, progress)
-    backend = Backend(settings)
-    desk = Desk.make(backend, tokens, config.model.model, parsers, tracer)
-    server = RpcServer(settings.host, settings.grpc_port)
-    server.add(SERVICE, GatewayService(desk), gateway_pb2_grpc.add_GatewayServiceServicer_to_server)
-    http = await asyncio.to_thread(_load_http, settings, desk, progress) if settings.http_port >= 0 else None
+    backend = Backend(settings, inside)
+    desk = Desk.make(backend, tokens, config.model.model, parsers, keyring, tracer)
+    server = RpcServer(settings.host, settings.grpc_port, credentials, settings.max_grpc_calls)
+    GatewayService(desk).add_to(server)
+    http = await asyncio.to_thread(_load_http, settings, desk, files, progress) if settings.http_port >= 0 else None
+    background = Background()
+    if keyring:
+        background.spawn(keyring.watch(desk.door.keys_changed), "watch keys")
     try:
         backend.pool.update(config.gateway.prefill_workers, config.gateway.decode_workers)
         on_pool(backend.pool)
-        async with exposed(desk.registry, settings.host, settings.metrics_port, progress):
+        async with exposed(desk.registry, settings.host, settings.metrics_port, progress, files):
             if await _workers_ready(backend.pool, stop, config.ray.start_timeout_s, progress):
                 addresses = [await server.start()] + ([await http.start()] if http else [])
                 ready(*addresses)
                 await stop.wait()
     finally:
         desk.door.close()
+        await background.close()
         if http:
             await http.stop()
         await server.stop(grace_s=0)
         await backend.close()
         tokens.close()
+
+
+def _warn_of_openness(config: Config) -> None:
+    """Says in the log what anybody on the network could do."""
+    if not config.security.api_keys and not is_loopback(config.gateway.host):
+        logger.warning(
+            "the gateway listens on %s and needs no API key: whoever reaches it may use it (security.api_keys)",
+            config.gateway.host,
+        )
 
 
 def _load_tokens(model: str, progress: Callable[[str], None]) -> Tokens:
@@ -97,13 +118,19 @@ def _load_tokens(model: str, progress: Callable[[str], None]) -> Tokens:
     return Tokens.load(directory)
 
 
-def _load_http(settings: GatewayConfig, desk: Desk, progress: Callable[[str], None]) -> HttpServer:
+def _load_http(
+    settings: GatewayConfig, desk: Desk, files: ServerFiles | None, progress: Callable[[str], None]
+) -> HttpServer:
     """Imported only where it is served: OpenAI's types take a second or two."""
     progress("gateway: loading the HTTP API")
     from branchline.wire.http_server import HttpServer
     from gateway.http.app import application
+    from gateway.http.connection import bounded_protocol
 
-    return HttpServer(application(desk), settings.host, settings.http_port)
+    tls = server_context(files) if files else None
+    app = application(desk, settings.max_http_requests)
+    protocol = bounded_protocol(settings.max_http_connections)
+    return HttpServer(app, settings.host, settings.http_port, protocol=protocol, tls=tls)
 
 
 def _load_parsers(settings: GatewayConfig, tokens: Tokens, progress: Callable[[str], None]) -> Parsers | None:

@@ -1,23 +1,32 @@
 """The gateway's gRPC service."""
 
+# ruff: noqa: N802, ARG002 - the methods are named and called by gRPC
+
 from __future__ import annotations
 
+import contextvars
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
 
 from branchline.core import InvalidRequestError
 from branchline.v1 import gateway_pb2, gateway_pb2_grpc
+from branchline.wire.server import RpcServer
 from gateway.desk import Desk
 from gateway.door import Call, Guest
 from gateway.generation import Ask
 from gateway.limits import check_ids
 from gateway.prompts import text_ids
 
+SERVICE = "branchline.v1.GatewayService"
+
 #: In the initial metadata of calls that generate.
 REQUEST_ID_METADATA = "x-request-id"
+
+#: Who calls. gRPC handles each call in a task, and so in a context, of its own.
+_guest: contextvars.ContextVar[Guest] = contextvars.ContextVar("guest")
 
 
 class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
@@ -26,28 +35,26 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
 
-    async def Generate(  # noqa: N802
-        self, request: gateway_pb2.GenerateRequest, context: grpc.aio.ServicerContext
-    ) -> None:
+    def add_to(self, server: RpcServer) -> None:
+        """With its guard, without which it would not know its guests."""
+        add: Callable[[Any, Any], None] = gateway_pb2_grpc.add_GatewayServiceServicer_to_server
+        server.add(SERVICE, self, add, guard=self._greet)
+
+    async def Generate(self, request: gateway_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
         async def write(_prompt: int, response: gateway_pb2.GenerateResponse) -> None:
             await context.write(response)
 
-        async with self._desk.generator.open(self._greet("Generate", context)) as session:
+        async with self._desk.generator.open(self._guest) as session:
             (prompt,) = await session.read([Ask(request)])
             await _send_id(context, session.request_id, prompt)
             await session.run(write)
 
-    async def Chat(  # noqa: N802
-        self, request: gateway_pb2.ChatRequest, context: grpc.aio.ServicerContext
-    ) -> None:
-        await self._desk.chats.run(
-            self._greet("Chat", context), request, context.write, started=functools.partial(_send_id, context)
-        )
+    async def Chat(self, request: gateway_pb2.ChatRequest, context: grpc.aio.ServicerContext) -> None:
+        await self._desk.chats.run(self._guest, request, context.write, started=functools.partial(_send_id, context))
 
-    async def Tokenize(  # noqa: N802
+    async def Tokenize(
         self, request: gateway_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> gateway_pb2.TokenizeResponse:
-        self._greet("Tokenize", context)
         limits = self._desk.generator.limits
         match request.WhichOneof("input"):
             case "prompt":
@@ -60,10 +67,9 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
                 raise InvalidRequestError("input: one of prompt and chat must be given")
         return gateway_pb2.TokenizeResponse(token_ids=ids, max_model_len=limits.max_model_len)
 
-    async def Detokenize(  # noqa: N802
+    async def Detokenize(
         self, request: gateway_pb2.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> gateway_pb2.DetokenizeResponse:
-        self._greet("Detokenize", context)
         tokens, ids = self._desk.tokens, list(request.token_ids)
         most = self._desk.generator.limits.max_model_len
         if len(ids) > most:
@@ -73,42 +79,44 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
             text=tokens.decode_all(ids) if request.special_tokens else tokens.decode(ids)
         )
 
-    async def GetInfo(  # noqa: N802
+    async def GetInfo(
         self,
-        request: gateway_pb2.GetInfoRequest,  # noqa: ARG002 - has no fields
+        request: gateway_pb2.GetInfoRequest,
         context: grpc.aio.ServicerContext,
     ) -> gateway_pb2.GetInfoResponse:
-        self._greet("GetInfo", context)
         return await self._desk.info.system()
 
-    async def ListModels(  # noqa: N802
+    async def ListModels(
         self,
-        request: gateway_pb2.ListModelsRequest,  # noqa: ARG002 - has no fields
+        request: gateway_pb2.ListModelsRequest,
         context: grpc.aio.ServicerContext,
     ) -> gateway_pb2.ListModelsResponse:
-        self._greet("ListModels", context)
         name, *aliases = self._desk.info.models
         model = gateway_pb2.ModelInfo(id=name, max_model_len=self._desk.info.max_model_len, aliases=aliases)
         return gateway_pb2.ListModelsResponse(models=[model])
 
-    async def GetStatus(  # noqa: N802
+    async def GetStatus(
         self,
-        request: gateway_pb2.GetStatusRequest,  # noqa: ARG002 - has no fields
+        request: gateway_pb2.GetStatusRequest,
         context: grpc.aio.ServicerContext,
     ) -> gateway_pb2.GetStatusResponse:
-        self._greet("GetStatus", context)
-        return self._desk.info.status()
+        return self._desk.info.status(self._guest)
 
-    async def Abort(  # noqa: N802
+    async def Abort(
         self, request: gateway_pb2.GatewayServiceAbortRequest, context: grpc.aio.ServicerContext
     ) -> gateway_pb2.GatewayServiceAbortResponse:
-        self._greet("Abort", context)
-        self._desk.door.abort(request.request_id, request.reason or "no reason was given")
+        self._desk.door.abort(self._guest, request.request_id, request.reason or "no reason was given")
         return gateway_pb2.GatewayServiceAbortResponse()
 
-    def _greet(self, method: str, context: grpc.aio.ServicerContext) -> Guest:
+    def _greet(self, method: str, context: grpc.aio.ServicerContext) -> None:
+        """Before the request is parsed, which costs. Raises RpcFailure."""
         headers: dict[str, Any] = dict(context.invocation_metadata() or ())
-        return self._desk.door.greet(Call("grpc", method, headers, context.time_remaining()))
+        _guest.set(self._desk.door.greet(Call("grpc", method, headers, context.time_remaining())))
+
+    @property
+    def _guest(self) -> Guest:
+        """Of the call that is being handled."""
+        return _guest.get()
 
 
 async def _send_id(context: grpc.aio.ServicerContext, request_id: str, _prompt: Sequence[int]) -> None:

@@ -17,6 +17,7 @@ from branchline.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_
 from branchline.wire import convert
 from branchline.wire.channels import open_channel
 from branchline.wire.status import RpcFailure
+from branchline.wire.tls import ChannelTls
 
 
 class Role(enum.StrEnum):
@@ -50,7 +51,7 @@ class Worker:
     or CANCELLED when the worker was dropped from the pool meanwhile; cancelling the caller cancels the call.
     """
 
-    def __init__(self, role: Role, address: str) -> None:
+    def __init__(self, role: Role, address: str, tls: ChannelTls | None = None) -> None:
         self.role = role
         self.address = address
         self.status: WorkerStatus | None = None
@@ -59,7 +60,7 @@ class Worker:
         self._others = 0
         self._avoid_until = 0.0
         self._progress_at = -math.inf
-        self._channel = open_channel(address)
+        self._channel = open_channel(address, tls=tls)
         stub = prefill_pb2_grpc.PrefillServiceStub if role is Role.PREFILL else decode_pb2_grpc.DecodeServiceStub
         self._stub: Any = stub(self._channel)  # generated stubs carry no types
 

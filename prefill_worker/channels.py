@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import grpc
 
 from branchline.wire.channels import open_channel
+from branchline.wire.tls import ChannelTls
 from branchline.wire.transfer import GrpcTransport
 
 #: Seconds without a hand-off after which a channel is closed, at the next opportunity.
@@ -31,8 +32,10 @@ class _Connection:
 class DecodeChannels:
     """Belongs to one event loop."""
 
-    def __init__(self, streams: int) -> None:
+    def __init__(self, streams: int, tls: ChannelTls | None = None) -> None:
+        """`tls` None is plain text."""
         self._streams = streams
+        self._tls = tls
         self._connections: dict[str, _Connection] = {}
 
     @contextlib.asynccontextmanager
@@ -41,7 +44,8 @@ class DecodeChannels:
         await self._close_idle()
         connection = self._connections.get(address)
         if connection is None:
-            channels = tuple(open_channel(address, shared=self._streams == 1) for _ in range(self._streams))
+            shared = self._streams == 1
+            channels = tuple(open_channel(address, shared=shared, tls=self._tls) for _ in range(self._streams))
             connection = _Connection(channels, GrpcTransport(channels))
             self._connections[address] = connection
         connection.users += 1

@@ -15,6 +15,8 @@ from branchline.observe.exposition import exposed
 from branchline.observe.tracing import tracing
 from branchline.v1 import prefill_pb2_grpc
 from branchline.wire.server import RpcServer
+from branchline.wire.tls import ServerFiles, channel_tls, inside_files, server_credentials
+from prefill_worker.channels import DecodeChannels
 from prefill_worker.engine_loop import PrefillLoop
 from prefill_worker.service import SERVICE, PrefillService
 
@@ -41,23 +43,29 @@ async def serve(
         models, tree = assemble(config, progress)
         return PrefillLoop(models, PrefillRunner(models, config.engine, tree), config.engine.prefill_chunk_tokens)
 
+    files = inside_files(config.security.inside)
+    server_credentials(files)  # a mistake is told at once
+    channels = DecodeChannels(config.transfer.streams, channel_tls(config.security.inside))
     async with hosted_engine("prefill-engine", build, stop) as host:
         if host is not None:
-            await _serve(config, host, ready, progress)
+            await _serve(config, host, ready, progress, files, channels)
 
 
 async def _serve(
-    config: Config, host: Host[PrefillLoop], ready: Callable[[str], None], progress: Callable[[str], None]
+    config: Config,
+    host: Host[PrefillLoop],
+    ready: Callable[[str], None],
+    progress: Callable[[str], None],
+    files: ServerFiles | None,
+    channels: DecodeChannels,
 ) -> None:
     incarnation, own = secrets.token_hex(8), config.prefill
     async with tracing(config.tracing, "prefill", incarnation) as tracer:
-        service = PrefillService(
-            host.thread, host.engine, incarnation, own.lease_ttl_s, config.transfer.streams, tracer
-        )
-        server = RpcServer(own.host, own.port)
+        service = PrefillService(host.thread, host.engine, incarnation, own.lease_ttl_s, channels, tracer)
+        server = RpcServer(own.host, own.port, server_credentials(files))
         server.add(SERVICE, service, prefill_pb2_grpc.add_PrefillServiceServicer_to_server)
         try:
-            async with exposed(service.registry, own.host, own.metrics_port, progress):
+            async with exposed(service.registry, own.host, own.metrics_port, progress, files):
                 ready(await server.start())
                 await host.until_stopped()
         finally:

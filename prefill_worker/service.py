@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
-    """`stall_s`: how long a decode worker may leave a hand-off unanswered; `streams`: how many a hand-off may use."""
+    """`stall_s`: how long a decode worker may leave a hand-off unanswered; `channels` are closed with it."""
 
     def __init__(
         self,
@@ -40,14 +40,14 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         engine: PrefillLoop,
         incarnation: str,
         stall_s: float,
-        streams: int = 1,
+        channels: DecodeChannels,
         tracer: Tracer | None = None,
     ) -> None:
         self._thread = thread
         self._engine = engine
         self._incarnation = incarnation
         self._stall_s = stall_s
-        self._channels = DecodeChannels(streams)
+        self._channels = channels
         self._job_ids = itertools.count()
         self._requests = 0
         self._shipping: set[asyncio.Task[HandoffTotals]] = set()

@@ -10,6 +10,7 @@ with Client("127.0.0.1:50051") as client:
 from branchline.client.aio import AsyncClient, AsyncStream
 from branchline.client.chat import Answer, ChatChunk, ChatCompletion, ChatOptions, ToolCall
 from branchline.client.errors import (
+    AuthenticationError,
     BranchlineError,
     CancelledError,
     DeadlineExceededError,
@@ -32,12 +33,14 @@ from branchline.client.results import (
     Worker,
 )
 from branchline.client.sync import Client, Stream
+from branchline.client.tls import Tls
 from branchline.core import FinishReason, SpeculationStats, TokenLogprobs
 
 __all__ = [
     "Answer",
     "AsyncClient",
     "AsyncStream",
+    "AuthenticationError",
     "BranchlineError",
     "CancelledError",
     "ChatChunk",
@@ -59,6 +62,7 @@ __all__ = [
     "ServerInfo",
     "SpeculationStats",
     "Stream",
+    "Tls",
     "TokenLogprobs",
     "ToolCall",
     "UnavailableError",

@@ -31,6 +31,7 @@ from branchline.client.results import (
     models,
     server_info,
 )
+from branchline.client.tls import Keyed, Tls, check_key
 from branchline.client.values import ids_value, text_value
 from branchline.v1 import gateway_pb2, gateway_pb2_grpc
 
@@ -44,12 +45,26 @@ class AsyncClient:
 
     It connects with its first call. `timeout` is the deadline in seconds of calls that bring none. The `traceparent` of
     a call is a W3C trace context: the gateway's spans then belong to the caller's trace.
+    `api_key` is what a gateway with keys asks for; without `tls` it goes over the network for everybody to read.
     Calls raise the exceptions of `branchline.client.errors`.
     """
 
-    def __init__(self, target: str, *, timeout: float = DEFAULT_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        target: str,
+        *,
+        timeout: float = DEFAULT_TIMEOUT_S,
+        api_key: str | None = None,
+        tls: Tls | None = None,
+    ) -> None:
         self.target = transport.check_target(target)
         self._timeout_s = deadline(timeout)
+        self._api_key = check_key(api_key)
+        self._options = transport.channel_options(target)
+        self._credentials: Any = None
+        if tls is not None:
+            self._credentials = tls.credentials()
+            self._options = [*self._options, *tls.options]
         self._channel: Any = None  # made by the first call, on the loop that runs then
         self._closed = False
 
@@ -174,13 +189,17 @@ class AsyncClient:
             await asyncio.sleep(transport.POLL_S)
 
     def _stub(self) -> Any:
-        return gateway_pb2_grpc.GatewayServiceStub(self._open_channel())
+        channel = self._open_channel()
+        return gateway_pb2_grpc.GatewayServiceStub(Keyed(channel, self._api_key) if self._api_key else channel)
 
     def _open_channel(self) -> Any:
         if self._closed:
             raise BranchlineError("the client is closed", "CANCELLED")
         if self._channel is None:
-            self._channel = grpc.aio.insecure_channel(self.target, options=transport.channel_options(self.target))
+            if self._credentials is None:
+                self._channel = grpc.aio.insecure_channel(self.target, options=self._options)
+            else:
+                self._channel = grpc.aio.secure_channel(self.target, self._credentials, options=self._options)
         return self._channel
 
 

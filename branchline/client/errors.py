@@ -2,7 +2,8 @@
 
 BranchlineError
 ├── InvalidRequestError   the request can never succeed: change it
-├── OverloadedError       no room until the deadline: try again later
+├── AuthenticationError   the API key is missing, wrong or revoked
+├── OverloadedError       no room until the deadline, or the API key's limits are used up: try again later
 ├── UnavailableError      no gateway, or no worker behind it: try again
 ├── DeadlineExceededError the timeout passed
 ├── CancelledError        the call was cancelled, by this side or by a server that stops
@@ -14,9 +15,16 @@ from __future__ import annotations
 
 import grpc
 
+#: Of trailing metadata: milliseconds until the client may try again.
+RETRY_METADATA = "grpc-retry-pushback-ms"
+
 
 class BranchlineError(Exception):
-    """A call that failed. `code` is gRPC's name for it (`"UNAVAILABLE"`), `details` the server's explanation."""
+    """A call that failed. `code` is gRPC's name for it (`"UNAVAILABLE"`), `details` the server's explanation,
+    `retry_after` the seconds after which the server would have it tried again, None if it has said nothing.
+    """
+
+    retry_after: float | None = None
 
     def __init__(self, details: str, code: str = "UNKNOWN") -> None:
         super().__init__(details)
@@ -34,8 +42,12 @@ class InvalidRequestError(BranchlineError, ValueError):
         super().__init__(details, code)
 
 
+class AuthenticationError(BranchlineError):
+    """The gateway wants an API key, and this is none that it knows."""
+
+
 class OverloadedError(BranchlineError):
-    """The system is full."""
+    """The system is full, or the API key has reached one of its limits: the message says which."""
 
 
 class UnavailableError(BranchlineError):
@@ -65,7 +77,7 @@ _BY_CODE: dict[grpc.StatusCode, type[BranchlineError]] = {
     grpc.StatusCode.NOT_FOUND: InvalidRequestError,
     grpc.StatusCode.ALREADY_EXISTS: InvalidRequestError,
     grpc.StatusCode.PERMISSION_DENIED: InvalidRequestError,
-    grpc.StatusCode.UNAUTHENTICATED: InvalidRequestError,
+    grpc.StatusCode.UNAUTHENTICATED: AuthenticationError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadedError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
     grpc.StatusCode.ABORTED: UnavailableError,
@@ -86,4 +98,14 @@ def from_rpc_error(error: grpc.RpcError, target: str) -> BranchlineError:
         return InvalidRequestError(details, code.name)  # gRPC's own limit on a message, which no waiting lifts
     if code is grpc.StatusCode.UNAVAILABLE:
         details = f"{target}: {details}"
-    return _BY_CODE[code](details, code.name)
+    failure = _BY_CODE[code](details, code.name)
+    failure.retry_after = _retry_after(error)
+    return failure
+
+
+def _retry_after(error: grpc.RpcError) -> float | None:
+    """The server's hint, in seconds."""
+    for name, value in error.trailing_metadata() or ():
+        if name == RETRY_METADATA and isinstance(value, str) and value.isascii() and value.isdigit():
+            return int(value) / 1000
+    return None

@@ -25,6 +25,7 @@ from branchline.client.results import (
     models,
     server_info,
 )
+from branchline.client.tls import Keyed, Tls, check_key
 from branchline.client.values import ids_value, text_value
 from branchline.v1 import gateway_pb2, gateway_pb2_grpc
 
@@ -37,14 +38,26 @@ class Client:
 
     It connects with its first call. `timeout` is the deadline in seconds of calls that bring none. The `traceparent` of
     a call is a W3C trace context: the gateway's spans then belong to the caller's trace.
+    `api_key` is what a gateway with keys asks for; without `tls` it goes over the network for everybody to read.
     Calls raise the exceptions of `branchline.client.errors`.
     """
 
-    def __init__(self, target: str, *, timeout: float = DEFAULT_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        target: str,
+        *,
+        timeout: float = DEFAULT_TIMEOUT_S,
+        api_key: str | None = None,
+        tls: Tls | None = None,
+    ) -> None:
         self.target = transport.check_target(target)
         self._timeout_s = deadline(timeout)
-        self._channel = grpc.insecure_channel(target, options=transport.channel_options(target))
-        self._stub = gateway_pb2_grpc.GatewayServiceStub(self._channel)
+        key, options = check_key(api_key), transport.channel_options(target)
+        if tls is None:
+            self._channel = grpc.insecure_channel(target, options=options)
+        else:
+            self._channel = grpc.secure_channel(target, tls.credentials(), options=[*options, *tls.options])
+        self._stub = gateway_pb2_grpc.GatewayServiceStub(Keyed(self._channel, key) if key else self._channel)
         self._check_health = self._channel.unary_unary(transport.HEALTH_METHOD)
         self._closed = False
 

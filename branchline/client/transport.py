@@ -35,9 +35,9 @@ def check_target(target: str) -> str:
     return target
 
 
-def channel_options(target: str) -> list[tuple[str, int]]:
+def channel_options(target: str) -> list[tuple[str, int | str]]:
     """A gateway that stalls is found by pings while a call runs; an idle client stays silent."""
-    options = [
+    options: list[tuple[str, int | str]] = [
         ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
         ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
         ("grpc.keepalive_time_ms", 20_000),

@@ -7,6 +7,8 @@ from collections.abc import AsyncGenerator, Callable
 
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, generate_latest
 
+from branchline.wire.tls import ServerFiles, server_context
+
 PATH = "/metrics"
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
@@ -18,10 +20,14 @@ def page(registry: CollectorRegistry) -> bytes:
 
 @contextlib.asynccontextmanager
 async def exposed(
-    registry: CollectorRegistry, host: str, port: int, progress: Callable[[str], None]
+    registry: CollectorRegistry,
+    host: str,
+    port: int,
+    progress: Callable[[str], None],
+    files: ServerFiles | None = None,
 ) -> AsyncGenerator[None]:
     """Serves the page at `host:port` for the duration of the block; 0 takes a free port, and below 0 there is none.
-    `progress` is told where. Raises BindError.
+    `progress` is told where. With `files` over TLS, as the process's other port. Raises BindError or ConfigError.
     """
     if port < 0:
         yield
@@ -37,8 +43,9 @@ async def exposed(
     async def metrics(_request: Request) -> Response:
         return Response(page(registry), media_type=CONTENT_TYPE)
 
-    server = HttpServer(Starlette(routes=[Route(PATH, metrics)]), host, port)
-    progress(f"metrics at http://{await server.start()}{PATH}")
+    tls = server_context(files) if files else None
+    server = HttpServer(Starlette(routes=[Route(PATH, metrics)]), host, port, tls=tls)
+    progress(f"metrics at {'https' if tls else 'http'}://{await server.start()}{PATH}")
     try:
         yield
     finally:

@@ -27,6 +27,8 @@ if _version_not_supported:
 
 class GatewayServiceStub:
     """What clients call. The gateway's process also answers grpc.health.v1 and reflection.
+    Where it wants an API key, each call has `authorization: Bearer KEY` in its metadata: UNAUTHENTICATED without one that it
+    knows, and when that is revoked meanwhile; RESOURCE_EXHAUSTED, with a hint when to try again, at one of the key's limits.
     """
 
     def __init__(self, channel):
@@ -79,6 +81,8 @@ class GatewayServiceStub:
 
 class GatewayServiceServicer:
     """What clients call. The gateway's process also answers grpc.health.v1 and reflection.
+    Where it wants an API key, each call has `authorization: Bearer KEY` in its metadata: UNAUTHENTICATED without one that it
+    knows, and when that is revoked meanwhile; RESOURCE_EXHAUSTED, with a hint when to try again, at one of the key's limits.
     """
 
     def Generate(self, request, context):
@@ -135,7 +139,8 @@ class GatewayServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetStatus(self, request, context):
-        """The requests that this gateway is serving, the oldest first. Asks nobody.
+        """The requests that this gateway is serving, the oldest first; where API keys are wanted, those of the caller's key,
+        or all for an operator's. Asks nobody.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -143,7 +148,8 @@ class GatewayServiceServicer:
 
     def Abort(self, request, context):
         """Ends a request that this gateway is serving, by whichever interface it came: its client gets CANCELLED, and
-        everything is freed on all workers. NOT_FOUND when there is no such request, or no more.
+        everything is freed on all workers. NOT_FOUND when there is no such request, or no more, or GetStatus would not
+        show it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -202,6 +208,8 @@ def add_GatewayServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class GatewayService:
     """What clients call. The gateway's process also answers grpc.health.v1 and reflection.
+    Where it wants an API key, each call has `authorization: Bearer KEY` in its metadata: UNAUTHENTICATED without one that it
+    knows, and when that is revoked meanwhile; RESOURCE_EXHAUSTED, with a hint when to try again, at one of the key's limits.
     """
 
     @staticmethod

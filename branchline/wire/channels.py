@@ -10,6 +10,7 @@ from __future__ import annotations
 import grpc
 
 from branchline.core import InvalidRequestError
+from branchline.wire.tls import ChannelTls
 
 Options = tuple[tuple[str, int], ...]
 
@@ -52,8 +53,9 @@ SERVER_OPTIONS: Options = (
 )
 
 
-def open_channel(address: str, *, shared: bool = True) -> grpc.aio.Channel:
+def open_channel(address: str, *, shared: bool = True, tls: ChannelTls | None = None) -> grpc.aio.Channel:
     """A channel to `HOST:PORT`; connects with its first call. The caller closes it: `async with` or `close()`.
+    Without `tls` it is plain text.
 
     Channels to the same address share one connection, but for those that aren't `shared`: each has its own.
     It belongs to the event loop that runs now. Raises InvalidRequestError when `address` is not HOST:PORT.
@@ -62,4 +64,7 @@ def open_channel(address: str, *, shared: bool = True) -> grpc.aio.Channel:
     if not separator or not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
         raise InvalidRequestError(f"an address must be HOST:PORT, got {address!r}")
     own = () if shared else (("grpc.use_local_subchannel_pool", 1),)
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS + own)
+    options = CHANNEL_OPTIONS + own
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, tls.credentials, options=(*options, *tls.options))

@@ -11,7 +11,9 @@ import asyncio
 import contextlib
 import inspect
 import logging
+import math
 import secrets
+import types
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
@@ -22,6 +24,10 @@ from branchline.core import InvalidRequestError
 from branchline.wire.status import FORESEEN, RETRY_METADATA, RpcFailure, failure_for
 
 logger = logging.getLogger(__name__)
+
+#: Called with a method's name and the call's context before anything of a request is parsed; raises to refuse the call.
+#: It runs in the handler's own task, so that what it sets in a context variable is there in the handler.
+Guard = Callable[[str, grpc.aio.ServicerContext], None]
 
 #: Served by gRPC's own servicers; a Watch lasts as long as the peer likes, so it must not count as work.
 _INFRASTRUCTURE = ("/grpc.health.", "/grpc.reflection.")
@@ -63,11 +69,19 @@ class CallCounter:
 
 
 class HandlerInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no stubs
-    """Wraps every handler of Branchline's services. `parsers`: by method, in place of the generated ones."""
+    """Wraps every handler of Branchline's services. `parsers`: by method, in place of the generated ones; `guards`: by
+    service.
+    """
 
-    def __init__(self, counter: CallCounter, parsers: Mapping[str, Callable[[bytes], Any]]) -> None:
+    def __init__(
+        self,
+        counter: CallCounter,
+        parsers: Mapping[str, Callable[[bytes], Any]],
+        guards: Mapping[str, Guard] = types.MappingProxyType({}),
+    ) -> None:
         self._counter = counter
         self._parsers = parsers
+        self._guards = guards
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
@@ -77,10 +91,14 @@ class HandlerInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # g
         if handler is None or method.startswith(_INFRASTRUCTURE):
             return handler
         deserialize = self._parsers.get(method, handler.request_deserializer)
-        return _wrap(handler, method, self._counter, deserialize)
+        return _wrap(handler, method, self._counter, deserialize, self._guards.get(method.split("/")[1], _everybody))
 
 
-def _wrap(handler: Any, method: str, counter: CallCounter, deserialize: Callable[[bytes], Any]) -> Any:
+def _everybody(_method: str, _context: grpc.aio.ServicerContext) -> None:
+    pass
+
+
+def _wrap(handler: Any, method: str, counter: CallCounter, deserialize: Callable[[bytes], Any], guard: Guard) -> Any:
     """The same method with parsing and error mapping around it.
 
     gRPC parses a single request before it calls the handler and answers UNKNOWN when that fails; so it is given
@@ -93,10 +111,12 @@ def _wrap(handler: Any, method: str, counter: CallCounter, deserialize: Callable
     else:
         kind = "unary_stream" if handler.response_streaming else "unary_unary"
     behaviour = getattr(handler, kind)
+    name = method.rpartition("/")[2]
 
     async def unary(request: Any, context: grpc.aio.ServicerContext) -> Any:
         async with _mapped_errors(method, context):
             with counter.track():
+                guard(name, context)
                 return await behaviour(request if handler.request_streaming else parse(request), context)
 
     async def streaming(request: Any, context: grpc.aio.ServicerContext) -> None:
@@ -104,6 +124,7 @@ def _wrap(handler: Any, method: str, counter: CallCounter, deserialize: Callable
         # streams to other workers) have run when the call has ended.
         async with _mapped_errors(method, context):
             with counter.track():
+                guard(name, context)
                 responses = behaviour(request if handler.request_streaming else parse(request), context)
                 if inspect.isawaitable(responses):  # a coroutine that writes to the context itself
                     await responses
@@ -146,5 +167,5 @@ async def _mapped_errors(method: str, context: grpc.aio.ServicerContext) -> Asyn
         request_id = secrets.token_hex(6)
         logger.exception("%s failed", method, extra={"request_id": request_id})
         failure = RpcFailure(grpc.StatusCode.INTERNAL, f"internal error, request {request_id}")
-    hint = () if failure.retry_after_s is None else ((RETRY_METADATA, str(round(failure.retry_after_s * 1000))),)
+    hint = () if failure.retry_after_s is None else ((RETRY_METADATA, str(math.ceil(failure.retry_after_s * 1000))),)
     await context.abort(failure.code, failure.details, hint)

@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import errno
 import socket
+import ssl
 from collections.abc import Iterator
+from typing import Literal
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -28,21 +30,32 @@ class _Server(uvicorn.Server):
 class HttpServer:
     """Use it from one event loop; `start` once."""
 
-    def __init__(self, app: ASGIApp, host: str, port: int) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        host: str,
+        port: int,
+        *,
+        protocol: type[asyncio.Protocol] | Literal["h11"] = "h11",
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """`protocol`: uvicorn's own, or a class derived from it. Without `tls` it is plain text."""
         self._app = app
         self._host = host
         self._port = port
+        self._protocol = protocol
+        self._tls = tls
         self._server: _Server | None = None
         self._serving: asyncio.Task[None] | None = None
 
     async def start(self) -> str:
         """Binds, serves, and returns HOST:PORT with the real port. Raises PortInUseError or BindError."""
         assert self._serving is None, "a server can be started once"
-        listener = _bind(self._host, self._port)
+        listener, tls = _bind(self._host, self._port), self._tls
         self._server = _Server(
             uvicorn.Config(
                 self._app,
-                http="h11",
+                http=self._protocol,
                 ws="none",
                 lifespan="off",
                 log_config=None,  # logging is the process's
@@ -50,6 +63,7 @@ class HttpServer:
                 server_header=False,
                 proxy_headers=False,
                 timeout_graceful_shutdown=int(_GRACE_S),
+                ssl_context_factory=(lambda _config, _default: tls) if tls else None,
             )
         )
         self._serving = asyncio.create_task(self._server.serve([listener]), name="http server")

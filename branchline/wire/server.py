@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import ipaddress
 import socket
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from branchline.wire.channels import SERVER_OPTIONS
-from branchline.wire.handlers import CallCounter, HandlerInterceptor
+from branchline.wire.handlers import CallCounter, Guard, HandlerInterceptor
 
 #: Seconds that cancelled handlers have for their `finally` blocks.
 _CLEANUP_S = 5.0
@@ -40,11 +41,23 @@ class RpcServer:
     each service by its full name and for "" (all).
     """
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        credentials: grpc.ServerCredentials | None = None,
+        max_calls: int | None = None,
+    ) -> None:
+        """Without `credentials` it is plain text. More than `max_calls` at once, health checks and all, are refused
+        with RESOURCE_EXHAUSTED; None sets no bound.
+        """
+        self._max_calls = max_calls
         self._host = host
         self._port = port
+        self._credentials = credentials
         self._services: list[tuple[str, Any, Callable[[Any, Any], None]]] = []
         self._parsers: dict[str, Callable[[bytes], Any]] = {}
+        self._guards: dict[str, Guard] = {}
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
         self._calls = CallCounter()
@@ -56,13 +69,17 @@ class RpcServer:
         servicer: object,
         add_to_server: Callable[[Any, Any], None],
         parsers: Mapping[str, Callable[[bytes], Any]] | None = None,
+        guard: Guard | None = None,
     ) -> None:
         """Adds a servicer under its full protobuf name, with the generated function that registers it. `parsers`: by
         method, what parses its requests in place of the generated class; raises DecodeError like that one.
+        `guard` may refuse calls before they are parsed.
         """
         if self._server is not None:
             raise RuntimeError("services must be added before start()")
         self._services.append((service, servicer, add_to_server))
+        if guard is not None:
+            self._guards[service] = guard
         self._parsers.update({f"/{service}/{method}": parser for method, parser in (parsers or {}).items()})
 
     @property
@@ -74,13 +91,16 @@ class RpcServer:
         """Binds, serves, and returns HOST:PORT with the real port. Raises PortInUseError or BindError."""
         if self._server is not None or self._calls.refusing:
             raise RuntimeError("a server can be started once")
-        server = grpc.aio.server(interceptors=[HandlerInterceptor(self._calls, self._parsers)], options=SERVER_OPTIONS)
+        interceptor = HandlerInterceptor(self._calls, self._parsers, self._guards)
+        server = grpc.aio.server(
+            interceptors=[interceptor], options=SERVER_OPTIONS, maximum_concurrent_rpcs=self._max_calls
+        )
         for _, servicer, add_to_server in self._services:
             add_to_server(servicer, server)
         names = [name for name, _, _ in self._services]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
-        address = _bind(server, self._host, self._port)
+        address = _bind(server, self._host, self._port, self._credentials)
         await server.start()
         self._server = server
         await self.set_serving(True)
@@ -111,24 +131,37 @@ class RpcServer:
             raise TimeoutError(f"{self._calls.running} handlers have not ended {_CLEANUP_S:g} s after the stop")
 
 
-def _bind(server: grpc.aio.Server, host: str, port: int) -> str:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server that listens there. Raises BindError."""
+    return all(ipaddress.ip_address(address[0]).is_loopback for *_, address in _addresses(host, 0))
+
+
+def _bind(server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None) -> str:
     _require_free(host, port)
     where = f"[{host}]" if ":" in host else host
     try:
-        bound: int = server.add_insecure_port(f"{where}:{port}")
+        if credentials is None:
+            bound: int = server.add_insecure_port(f"{where}:{port}")
+        else:
+            bound = server.add_secure_port(f"{where}:{port}", credentials)
     except RuntimeError as error:  # somebody was faster
         raise BindError(f"cannot listen on {where}:{port}") from error
     return f"{where}:{bound}"
+
+
+def _addresses(host: str, port: int) -> list[Any]:
+    """What the host's name stands for, as `socket.getaddrinfo` has it. Raises BindError."""
+    try:
+        return list(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+    except socket.gaierror as error:
+        raise BindError(f"cannot listen on {host}:{port}: {error.strerror}") from error
 
 
 def _require_free(host: str, port: int) -> None:
     """Asks the kernel: gRPC's error names no reason, and there is none at all while any one of the addresses that
     `host` stands for (`localhost`: IPv4 and IPv6) is free.
     """
-    try:
-        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except socket.gaierror as error:
-        raise BindError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    addresses = _addresses(host, port)
     refusals: list[OSError] = []
     for family, kind, protocol, _, address in addresses:
         try:

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from branchline.core import InvalidRequestError
 from branchline.observe.exposition import CONTENT_TYPE, PATH, page
@@ -20,6 +21,7 @@ from gateway.desk import Desk
 from gateway.door import Call
 from gateway.http.chat import ChatEndpoint
 from gateway.http.completions import CompletionEndpoint
+from gateway.http.crowd import Crowd
 from gateway.http.errors import HttpError, from_failure, phrase
 from gateway.http.exchange import PostJson
 from gateway.http.options import check_model
@@ -28,10 +30,10 @@ from gateway.http.schemas import ChatRequest, CompletionRequest
 OWNER = "branchline"
 
 
-def application(desk: Desk) -> Starlette:
-    """Belongs to the desk's event loop."""
+def application(desk: Desk, max_requests: int) -> ASGIApp:
+    """Belongs to the desk's event loop. `max_requests`: that are read or answered at once."""
     pages = _Pages(desk)
-    return Starlette(
+    pages_and_endpoints = Starlette(
         routes=[
             Route(
                 "/v1/completions",
@@ -54,6 +56,7 @@ def application(desk: Desk) -> Starlette:
             InvalidRequestError: _refused,
         },
     )
+    return Crowd(pages_and_endpoints, max_requests)
 
 
 class _Pages:

@@ -31,7 +31,7 @@ _STATUS = {
     grpc.StatusCode.DEADLINE_EXCEEDED: 504,
 }
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-_CODES = {429: "rate_limit_exceeded", 503: "service_unavailable", 504: "timeout"}
+_CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded", 503: "service_unavailable", 504: "timeout"}
 #: Seconds to wait when the refusal itself gives none.
 _RETRY_AFTER_S = {429: 1.0, 503: 1.0}
 
@@ -75,6 +75,8 @@ def from_failure(error: RpcFailure | InvalidRequestError) -> HttpError:
     status = _STATUS.get(error.code, 500)
     retry_s = error.retry_after_s if error.retry_after_s is not None else _RETRY_AFTER_S.get(status)
     headers = {} if retry_s is None else {"retry-after": str(math.ceil(retry_s))}
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
     return HttpError(status, shorten(error.details), headers=headers)
 
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
+import yaml
 
 import branchline.client
-from branchline.config import load
+from branchline.config import from_mapping, load
+from branchline.config_security import InsideTls
 from branchline.v1 import gateway_pb2
+from branchline.wire.tls import channel_tls, inside_files
 from gateway.http.schemas import ChatRequest, CompletionRequest, StreamOptions
+from gateway.keys import KeyLimits
 from tools.lock import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -65,6 +71,36 @@ def test_the_api_examples_compile() -> None:
     assert len(blocks) == 2
     for block in blocks:
         compile(block, "docs/api.md", "exec")
+
+
+SECURITY = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+
+
+def test_the_security_page_names_fields_and_code_that_exist() -> None:
+    yaml_block, python_block = (
+        re.findall(rf"^```{language}\n(.*?)^```", SECURITY, re.DOTALL | re.MULTILINE) for language in ("yaml", "python")
+    )
+    config = from_mapping(yaml.safe_load(yaml_block[0]))
+    assert config.security.outside.on
+    assert config.security.inside.on
+    compile(python_block[0], "docs/security.md", "exec")
+    for name in re.findall(r"`gateway\.(\w+)`", SECURITY):
+        assert hasattr(config.gateway, name)
+    limits = {field.name for field in dataclasses.fields(KeyLimits)}
+    assert set(re.findall(r"^\| `(\w+)` \|", SECURITY, re.MULTILINE)) == limits
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="the page's commands are openssl's")
+def test_the_certificates_of_the_security_page_are_accepted(tmp_path) -> None:
+    commands = re.search(r"^```\n(openssl req.*?)^```", SECURITY, re.DOTALL | re.MULTILINE)
+    assert commands is not None
+    subprocess.run(["sh", "-ec", commands[1]], cwd=tmp_path, capture_output=True, timeout=60, check=True)
+    paths = [str(tmp_path / name) for name in ("node.pem", "node.key", "inside-ca.pem")]
+    tls = InsideTls(*paths, server_name="workers.internal")
+    files = inside_files(tls)
+    assert files is not None
+    assert files.context().get_ca_certs()
+    assert channel_tls(tls) is not None
 
 
 def test_the_configurations_by_hand_fit_together() -> None:

@@ -33,7 +33,7 @@ CODES = {
     "INTERNAL": sdk.ServerError,
     "UNAVAILABLE": sdk.UnavailableError,
     "DATA_LOSS": sdk.ServerError,
-    "UNAUTHENTICATED": sdk.InvalidRequestError,
+    "UNAUTHENTICATED": sdk.AuthenticationError,
 }
 
 

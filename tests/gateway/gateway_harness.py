@@ -16,6 +16,7 @@ from branchline.wire.channels import open_channel
 from branchline.wire.server import RpcServer
 from gateway.backend import Backend
 from gateway.desk import Desk
+from gateway.keys import Keyring
 from gateway.parsing import Parsers
 from gateway.service import GatewayService
 from gateway.tokens import Tokens
@@ -108,6 +109,7 @@ async def house(
     prefills: Sequence[ScriptedPrefill],
     decodes: Sequence[ScriptedDecode],
     parsers: Parsers | None = None,
+    keyring: Keyring | None = None,
     **settings: Any,
 ) -> AsyncIterator[House]:
     config = GatewayConfig(**{"stall_timeout_s": 5.0, "worker_wait_s": 5.0, **settings})
@@ -118,11 +120,9 @@ async def house(
         stack.push_async_callback(backend.close)
         backend.pool.update(addresses[: len(prefills)], addresses[len(prefills) :])
         await eventually(lambda: sum(worker.healthy for worker in backend.pool.workers) == len(addresses))
-        desk = Desk.make(backend, tokens, "tiny", parsers)
+        desk = Desk.make(backend, tokens, "tiny", parsers, keyring)
         server = RpcServer("127.0.0.1", 0)
-        server.add(
-            "branchline.v1.GatewayService", GatewayService(desk), gateway_pb2_grpc.add_GatewayServiceServicer_to_server
-        )
+        GatewayService(desk).add_to(server)
         target = await server.start()
         channel = await stack.enter_async_context(open_channel(target))
         stack.push_async_callback(server.stop, 0)

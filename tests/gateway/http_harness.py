@@ -15,6 +15,7 @@ from scripted_workers import ScriptedDecode, ScriptedPrefill, eventually
 
 from branchline.wire.http_server import HttpServer
 from gateway.http.app import application
+from gateway.http.connection import bounded_protocol
 from gateway.tokens import Tokens
 
 MODEL = "scripted"
@@ -62,11 +63,13 @@ async def http_house(
     tokens: Tokens,
     prefills: Sequence[ScriptedPrefill] | None = None,
     decodes: Sequence[ScriptedDecode] | None = None,
+    most: int = 100,
+    connections: int = 100,
     **settings: Any,
 ) -> AsyncIterator[HttpHouse]:
-    """In the end nothing may be in use and no connection open."""
+    """`most`: requests at once. In the end nothing may be in use and no connection open."""
     async with house(tokens, prefills or [ScriptedPrefill()], decodes or [ScriptedDecode()], **settings) as h:
-        server = HttpServer(application(h.desk), "127.0.0.1", 0)
+        server = HttpServer(application(h.desk, most), "127.0.0.1", 0, protocol=bounded_protocol(connections))
         url = f"http://{await server.start()}"
         try:
             async with (

@@ -225,7 +225,7 @@ async def test_aborted_by_somebody_else(tokens: Tokens) -> None:
         task = asyncio.create_task(h.post(COMPLETIONS, prompt="a", max_tokens=100))
         await eventually(lambda: h.house.decodes[0].leases)
         (visit,) = h.house.desk.door.visits
-        h.house.desk.door.abort(visit.request_id, "enough")
+        h.house.desk.door.abort(visit.guest, visit.request_id, "enough")
         status, error = error_of(await task)
         assert (status, error["message"]) == (499, "the request was aborted: enough")
 

@@ -142,3 +142,31 @@ class TestStop:
         running.cancel()
         await stopping
         assert gateway.closed.is_set()
+
+
+async def test_calls_are_bounded() -> None:
+    """Health watches too, which cost a client nothing; what ends makes room."""
+    server = RpcServer("127.0.0.1", 0, max_calls=3)
+    add = gateway_pb2_grpc.add_GatewayServiceServicer_to_server
+    server.add("branchline.v1.GatewayService", ScriptedGateway(), add)
+    address = await server.start()
+    async with open_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        watches = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(3)]
+        assert [(await watch.read()).status for watch in watches] == [SERVING] * 3
+        for method, request in (
+            (stub.Check, health_pb2.HealthCheckRequest()),
+            (gateway_pb2_grpc.GatewayServiceStub(channel).GetInfo, gateway_pb2.GetInfoRequest()),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await method(request, timeout=5)
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        watches[0].cancel()
+        async with asyncio.timeout(5):
+            while True:
+                try:
+                    assert (await stub.Check(health_pb2.HealthCheckRequest())).status == SERVING
+                    break
+                except grpc.aio.AioRpcError:
+                    await asyncio.sleep(0.02)
+    await server.stop(grace_s=0)
