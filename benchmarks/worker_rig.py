@@ -14,7 +14,7 @@ import itertools
 import os
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,8 @@ class _RecordingTransport:
     def streams(self) -> int:
         return self.inner.streams
 
-    def open(self, number: int) -> Stream:
-        return _RecordingStream(self.inner.open(number), self.recording)
+    def open(self, number: int, metadata: Sequence[tuple[str, str]] = ()) -> Stream:
+        return _RecordingStream(self.inner.open(number, metadata), self.recording)
 
 
 @dataclass(eq=False)

@@ -16,6 +16,8 @@ from typing import Any
 
 from branchline.config_base import ConfigError as ConfigError
 from branchline.config_base import require as _require
+from branchline.config_base import require_choice as _choice
+from branchline.config_observe import LoggingConfig, TracingConfig, require_metrics_port
 from branchline.config_security import SecurityConfig
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -24,10 +26,6 @@ PROVIDERS = ("vllm", "reference")
 CORES_TO_SHARE_OUT = 4
 DEVICES = ("auto", "cpu", "cuda")
 _ITEMS = {str: "strings", int: "whole numbers", float: "numbers"}
-
-
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    _require(value in choices, f"{name}: must be one of {', '.join(choices)}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -108,6 +106,8 @@ class WorkerConfig:
     host: str = "127.0.0.1"
     #: 0 takes a free port.
     port: int = 0
+    #: Where `/metrics` is served for Prometheus: 0 takes a free port, -1 none.
+    metrics_port: int = -1
     num_cpus: float = 1.0
     num_gpus: float = 0.0
     #: A custom resource of Ray, of which each worker claims one: it goes to a node that offers it. Such nodes offer
@@ -119,6 +119,7 @@ class WorkerConfig:
     def __post_init__(self) -> None:
         _require(self.replicas >= 1, f"replicas: must be at least 1, got {self.replicas}")
         _require(0 <= self.port <= 65535, f"port: must be between 0 and 65535, got {self.port}")
+        require_metrics_port("metrics_port", self.metrics_port)
         _require(self.num_cpus >= 0, f"num_cpus: must not be negative, got {self.num_cpus}")
         _require(self.num_gpus >= 0, f"num_gpus: must not be negative, got {self.num_gpus}")
         _require(self.lease_ttl_s > 0, f"lease_ttl_s: must be positive, got {self.lease_ttl_s}")
@@ -144,6 +145,8 @@ class GatewayConfig:
     grpc_port: int = 0
     #: Where OpenAI's HTTP API is served: 0 takes a free port, -1 none.
     http_port: int = -1
+    #: Where `/metrics` is served for Prometheus beside the HTTP API, which has it too: 0 takes a free port, -1 none.
+    metrics_port: int = -1
     #: The model's name over HTTP; empty for the one that it has anyway.
     served_model_name: str = ""
     #: vLLM's names of the parsers that read tool calls and reasoning out of a chat's text; empty for none.
@@ -176,6 +179,7 @@ class GatewayConfig:
         _require(
             -1 <= self.http_port <= 65535, f"gateway.http_port: must be between -1 and 65535, got {self.http_port}"
         )
+        require_metrics_port("gateway.metrics_port", self.metrics_port)
         counts = ("replicas", "max_attempts", "max_requests", "max_tokens_limit")
         for name in (*counts, "max_grpc_calls", "max_http_connections", "max_http_requests"):
             _require(getattr(self, name) >= 1, f"gateway.{name}: must be at least 1, got {getattr(self, name)}")
@@ -203,6 +207,8 @@ class Config:
     transfer: TransferConfig = field(default_factory=TransferConfig)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+    tracing: TracingConfig = field(default_factory=TracingConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
     security: SecurityConfig = field(default_factory=SecurityConfig)
 
     def __post_init__(self) -> None:

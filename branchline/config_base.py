@@ -11,3 +11,8 @@ def require(condition: bool, message: str) -> None:
     """Raises ConfigError unless the condition holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ConfigError unless the value is one of them."""
+    require(value in choices, f"{name}: must be one of {', '.join(choices)}, got {value!r}")

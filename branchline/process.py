@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import yaml
 
 from branchline.config import CORES_TO_SHARE_OUT, Config, ConfigError, load
+from branchline.observe import logs
 from branchline.wire.memory import keep_large_buffers
 
 #: Exit code for what the user can mend: the configuration, the model, the port.
@@ -45,11 +46,11 @@ def run(
         "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="overrides a field; may be repeated"
     )
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
         config = read_config(arguments.config, arguments.set)
     except ConfigError as error:
         return _user_error(error)
+    logs.set_up(config.logging, role.removesuffix("_worker"), logging.INFO)
     cores = len(os.sched_getaffinity(0))
     shared = cores < CORES_TO_SHARE_OUT
     set_thread_environment(config.engine.threads_for(role.removesuffix("_worker"), cores, shared))
@@ -102,8 +103,14 @@ async def _serve(serve: Serve, config: Config) -> None:
         config,
         ready=lambda grpc, http="": print(f"ready grpc={grpc}" + (f" http={http}" if http else ""), flush=True),
         stop=stop,
-        progress=lambda line: print(line, file=sys.stderr, flush=True),
+        progress=_progress(config),
     )
+
+
+def _progress(config: Config) -> Callable[[str], None]:
+    if config.logging.format == "json":  # nothing else goes to where machines read
+        return logging.getLogger("progress").info
+    return lambda line: print(line, file=sys.stderr, flush=True)
 
 
 def _user_error(error: Exception) -> int:

@@ -11,6 +11,7 @@ from typing import Protocol
 import ray
 
 from branchline.config import Config
+from branchline.observe import logs
 from branchline.wire.memory import keep_large_buffers
 from cluster.shell import RoleThread, State, Status
 
@@ -43,9 +44,9 @@ class RoleActor:
 
     def __init__(self, serve_path: str, *, routes: bool = False) -> None:
         """`routes`: the role sends requests to workers, and can be told their addresses (a gateway)."""
-        logging.basicConfig(level=logging.WARNING)
         if not routes:
             keep_large_buffers()  # KV frames
+        self._name = serve_path.partition(".")[0].removesuffix("_worker")
         self._role = RoleThread(serve_path)
         self._routes = routes
         self._pool: WorkerPool | None = None
@@ -53,6 +54,7 @@ class RoleActor:
 
     def start(self, config: Config, cores: Sequence[int]) -> None:
         """Begins to serve, unless it does already."""
+        logs.set_up(config.logging, self._name, logging.WARNING)
         if self._routes:
             self._role.start(config, cores, on_pool=self._take_pool)
         else:

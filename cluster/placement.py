@@ -76,6 +76,7 @@ def plan(config: Config, cores: Sequence[int] = (), serve_paths: Mapping[str, st
             own = config.override(**{PORT_FIELDS[role]: _counted(base_port, offset), "engine.threads": threads})
             if role == "gateway":
                 own = own.override(**{"gateway.http_port": _counted(part.http_port, offset)})
+            own = own.override(**{f"{role}.metrics_port": _counted(part.metrics_port, offset)})
             gpus = 0.0 if role == "gateway" else part.num_gpus
             seats.append(Seat(role, index, serve_paths[role], own, part.num_cpus, gpus, pinned, part.resource))
     return seats

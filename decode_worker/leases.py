@@ -9,7 +9,7 @@ Pure book-keeping: the clock is passed in, and blocks are the engine's (`engine_
 from __future__ import annotations
 
 import enum
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 
 #: Ended leases that are remembered, to tell "it ended, because" from "never heard of it".
@@ -90,6 +90,8 @@ class LeaseTable:
     _live: dict[str, Lease] = field(default_factory=dict)
     _ended: OrderedDict[str, _Ended] = field(default_factory=OrderedDict)
     _counter: int = 0
+    #: Leases that have ended, by their last state.
+    ended: Counter[LeaseState] = field(default_factory=Counter)
 
     def __len__(self) -> int:
         return len(self._live)
@@ -134,6 +136,7 @@ class LeaseTable:
         assert state.ended, state
         assert lease.lease_id in self._live, lease
         lease.advance(state)
+        self.ended[state] += 1
         del self._live[lease.lease_id]
         self._ended[lease.lease_id] = _Ended(reason, preempted)
         if len(self._ended) > REMEMBERED:

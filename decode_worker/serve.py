@@ -7,18 +7,19 @@ import logging
 import secrets
 from collections.abc import Callable
 
-import grpc
-
 from branchline.config import Config
 from branchline.engine.assemble import assemble
 from branchline.engine.decode import DecodeRunner
 from branchline.engine.hosting import Host, hosted_engine
 from branchline.engine.load_budget import LoadBudget
+from branchline.observe.exposition import exposed
+from branchline.observe.tracing import tracing
 from branchline.v1 import decode_pb2_grpc
 from branchline.wire.server import RpcServer
-from branchline.wire.tls import inside_files, server_credentials
+from branchline.wire.tls import ServerFiles, inside_files, server_credentials
 from decode_worker.engine_loop import DecodeLoop
 from decode_worker.leases import LeaseTable
+from decode_worker.metrics import decode_registry
 from decode_worker.service import PARSERS, SERVICE, DecodeService
 from decode_worker.sessions import Sessions
 
@@ -47,30 +48,36 @@ async def serve(
         load_budget = LoadBudget(tree.num_nodes) if adaptive else None
         return DecodeLoop(models, tree, DecodeRunner(models, config.engine, tree, load_budget=load_budget))
 
-    credentials = server_credentials(inside_files(config.security.inside))
+    files = inside_files(config.security.inside)
+    server_credentials(files)  # a mistake is told at once
     async with hosted_engine("decode-engine", build, stop) as host:
         if host is not None:
-            await _serve(config, host, ready, credentials)
+            await _serve(config, host, ready, progress, files)
 
 
 async def _serve(
     config: Config,
     host: Host[DecodeLoop],
     ready: Callable[[str], None],
-    credentials: grpc.ServerCredentials | None,
+    progress: Callable[[str], None],
+    files: ServerFiles | None,
 ) -> None:
-    table = LeaseTable(incarnation=secrets.token_hex(8), ttl_s=config.decode.lease_ttl_s)
+    own = config.decode
+    table = LeaseTable(incarnation=secrets.token_hex(8), ttl_s=own.lease_ttl_s)
     sessions = Sessions(host.thread, host.engine, table)
-    server = RpcServer(config.decode.host, config.decode.port, credentials)
-    server.add(SERVICE, DecodeService(sessions), decode_pb2_grpc.add_DecodeServiceServicer_to_server, PARSERS)
-    expiry = asyncio.create_task(_expire(sessions))
-    try:
-        ready(await server.start())
-        await host.until_stopped(expiry)
-    finally:
-        expiry.cancel()
-        sessions.close("the worker is stopping")
-        await server.stop(GRACE_S)
+    async with tracing(config.tracing, "decode", table.incarnation) as tracer:
+        server = RpcServer(own.host, own.port, server_credentials(files))
+        service = DecodeService(sessions, tracer)
+        server.add(SERVICE, service, decode_pb2_grpc.add_DecodeServiceServicer_to_server, PARSERS)
+        expiry = asyncio.create_task(_expire(sessions))
+        try:
+            async with exposed(decode_registry(sessions), own.host, own.metrics_port, progress, files):
+                ready(await server.start())
+                await host.until_stopped(expiry)
+        finally:
+            expiry.cancel()
+            sessions.close("the worker is stopping")
+            await server.stop(GRACE_S)
 
 
 async def _expire(sessions: Sessions) -> None:

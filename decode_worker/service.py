@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 import grpc
 
 from branchline.core import Fingerprint
+from branchline.observe.tracing import NoTracer, Tracer, Value, trace_context
 from branchline.v1 import decode_pb2, decode_pb2_grpc
 from branchline.wire.convert import (
     fingerprint_from_proto,
@@ -22,7 +23,7 @@ from branchline.wire.status import RpcFailure
 from decode_worker.handoff import receive_handoff
 from decode_worker.leases import LeaseState
 from decode_worker.reservations import Ask
-from decode_worker.session import Aborted, Finish, Preempted, TokenBatch
+from decode_worker.session import Aborted, Finish, Preempted, Session, TokenBatch
 from decode_worker.sessions import Sessions
 
 SERVICE = "branchline.v1.DecodeService"
@@ -31,7 +32,8 @@ PARSERS = {"Handoff": parse_request}
 
 
 class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
-    def __init__(self, sessions: Sessions) -> None:
+    def __init__(self, sessions: Sessions, tracer: Tracer | None = None) -> None:
+        self._tracer = tracer or NoTracer()
         self._sessions = sessions
         #: Handlers that serve a request now; GetStatus is not one of them.
         self._tasks = 0
@@ -66,7 +68,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         )
 
     async def Attach(  # noqa: N802
-        self, message: decode_pb2.AttachRequest, _: grpc.aio.ServicerContext
+        self, message: decode_pb2.AttachRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[decode_pb2.AttachResponse]:
         request = request_from_proto(message.request)
         if self._sessions.table.was_preempted(message.lease_id):  # before anybody came: the same news as after
@@ -74,13 +76,17 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             yield decode_pb2.AttachResponse(preempted=decode_pb2.Preempted())
             return
         session = self._sessions.attach(message.lease_id, request)
-        with self._serving():
+        facts = {"branchline.request_id": request.request_id, "branchline.lease_id": message.lease_id}
+        parent = trace_context(context.invocation_metadata() or ())
+        with self._serving(), self._tracer.span("decode", parent, facts) as span:
             try:
                 yield decode_pb2.AttachResponse(attached=decode_pb2.Attached())
                 # No deadline of its own: the call's is the gateway's, and a peer that died is found by keepalive.
                 while True:
                     match await session.events.get():
                         case TokenBatch() as batch:
+                            if batch.index == len(request.emitted):
+                                span.event("started")
                             yield decode_pb2.AttachResponse(tokens=_tokens(batch))
                         case Finish(reason):
                             finished = decode_pb2.Finished(reason=finish_reason_to_proto(reason))
@@ -92,12 +98,14 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
                         case Aborted(reason):
                             raise RpcFailure(grpc.StatusCode.ABORTED, f"lease {message.lease_id} has ended: {reason}")
             finally:
+                span.set(_decoded(session))
                 self._sessions.detach(session)
 
     async def Handoff(  # noqa: N802
-        self, requests: AsyncIterator[Incoming], _: grpc.aio.ServicerContext
+        self, requests: AsyncIterator[Incoming], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[decode_pb2.HandoffResponse]:
-        with self._serving():
+        parent = trace_context(context.invocation_metadata() or ())
+        with self._serving(), self._tracer.span("hand-off receive", parent):
             async with contextlib.aclosing(receive_handoff(self._sessions, requests)) as responses:
                 async for response in responses:
                     yield response
@@ -140,6 +148,17 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             yield
         finally:
             self._tasks -= 1
+
+
+def _decoded(session: Session) -> dict[str, Value]:
+    """What a decode span says of its lease."""
+    speculation, emitted = session.speculation, len(session.request.emitted) if session.request else 0
+    return {
+        "gen_ai.usage.output_tokens": session.next_output - emitted,
+        "branchline.target_forwards": speculation.target_forwards,
+        "branchline.drafted_tokens": speculation.drafted,
+        "branchline.accepted_tokens": speculation.accepted,
+    }
 
 
 def _tokens(batch: TokenBatch) -> decode_pb2.Tokens:

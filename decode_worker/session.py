@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from dataclasses import dataclass, field
 
 from branchline.core import FinishReason, Request, SpeculationStats, TokenLogprobs
+from branchline.observe.logs import about
 from decode_worker.arrived import Arrived
 from decode_worker.flow import HandoffFlow
 from decode_worker.leases import Lease
@@ -79,7 +81,7 @@ class Session:
 
     def log(self, event: str, facts: str) -> None:
         lease = self.lease
-        logger.info("lease=%s request=%s event=%s %s", lease.lease_id, lease.request_id, event, facts)
+        logger.info("lease=%s event=%s %s", lease.lease_id, event, facts, extra=about(lease.request_id))
 
 
 @dataclass
@@ -92,3 +94,7 @@ class Totals:
     preemptions: int = 0
     #: Tokens whose KV was here already when their hand-off came.
     reused_tokens: int = 0
+    #: And tokens whose KV came.
+    received_tokens: int = 0
+    #: Target forwards of one sequence, by the tokens that they gave.
+    forwards_by_tokens: Counter[int] = field(default_factory=Counter)

@@ -15,6 +15,7 @@ import grpc
 
 from branchline.core import FinishReason, InvalidRequestError, Request, SpeculationStats, TokenLogprobs
 from branchline.engine.thread import EngineThread
+from branchline.observe.logs import about
 from branchline.wire.status import RpcFailure
 from decode_worker.engine_loop import DecodeLoop, EngineEvent, Granted, Preemption, Progress, StepFailure, Stepped
 from decode_worker.leases import Lease, LeaseState, LeaseTable
@@ -98,7 +99,9 @@ class Sessions:
         """The hand-off has arrived whole and is in the cache."""
         group.complete = True
         self.live.touch(*group.live)
-        self.totals.reused_tokens += group.members[0].lease.held_tokens
+        lease = group.members[0].lease
+        self.totals.reused_tokens += lease.held_tokens
+        self.totals.received_tokens += lease.context_length - lease.held_tokens
         lease_ids = [member.lease.lease_id for member in group.live]
         shared = self.thread.submit(self.engine.share, lease_ids, group.arrived.has_draft_kv)
         shared.add_done_callback(lambda future: self._check(group.live, "the hand-off could not be shared", future))
@@ -138,6 +141,7 @@ class Sessions:
         step = SpeculationStats(1, progress.drafted, emitted - 1)
         self.totals.speculation += step
         self.totals.emitted_tokens += emitted
+        self.totals.forwards_by_tokens[emitted] += 1
         session = self.live.get(progress.lease_id)
         if session is None:  # aborted while the step ran
             return
@@ -179,7 +183,7 @@ class Sessions:
         error = None if done.cancelled() else done.exception()
         for session in sessions if error is not None else ():
             if not session.lease.state.ended:
-                logger.error("%s request=%s", what, session.lease.request_id, exc_info=error)
+                logger.error("%s", what, extra=about(session.lease.request_id), exc_info=error)
                 self.live.end(session, Aborted(f"{what}: {error}"))
 
 

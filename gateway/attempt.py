@@ -46,7 +46,8 @@ class Attempt:
         self._decode = placement.pair.decode
         self._leases = leases
         self._stall_timeout_s = stall_timeout_s
-        self._legs = Legs(intakes[0].sample.entry.request_id, timeout_s)
+        first = intakes[0].sample
+        self._legs = Legs(first.entry.request_id, timeout_s, first.watch.request.metadata)
         #: Samples that want more tokens from this attempt.
         self._live = dict(enumerate(intakes))
         #: Why the leases that are still held will be given back.

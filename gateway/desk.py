@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from prometheus_client import CollectorRegistry
+
+from branchline.observe.tracing import NoTracer, Tracer
 from gateway.backend import Backend
 from gateway.chat import Chats
 from gateway.door import Door
 from gateway.generation import Generator
 from gateway.info import Info
 from gateway.keys import Keyring
+from gateway.metrics import Counts, gateway_registry
 from gateway.parsing import Parsers, PlainText
 from gateway.tokens import Tokens
+from gateway.watch import Watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +27,8 @@ class Desk:
     generator: Generator
     chats: Chats
     info: Info
+    #: The gateway's metrics.
+    registry: CollectorRegistry
 
     @classmethod
     def make(
@@ -31,11 +38,13 @@ class Desk:
         model: str,
         parsers: Parsers | None = None,
         keyring: Keyring | None = None,
+        tracer: Tracer | None = None,
     ) -> Desk:
         """`model` is the configured one; without a `keyring` nobody needs a key."""
-        door = Door(backend.config, keyring)
-        generator = Generator(backend, tokens, door)
-        return cls(door, generator, Chats(generator, parsers or PlainText()), Info(backend, door, model))
+        door, counts = Door(backend.config, keyring), Counts()
+        generator = Generator(backend, tokens, door, Watch(tracer or NoTracer(), counts))
+        chats, info = Chats(generator, parsers or PlainText()), Info(backend, door, model)
+        return cls(door, generator, chats, info, gateway_registry(backend, door, counts))
 
     @property
     def tokens(self) -> Tokens:

@@ -21,6 +21,7 @@ from gateway.relay import Relay
 from gateway.sample import Sample
 from gateway.tokens import Tokens
 from gateway.validate import resolve
+from gateway.watch import RequestWatch, Watch
 
 #: How long before its own deadline a client is answered, at most: it should hear why, not just that its time is up.
 _ANSWER_S = 0.1
@@ -42,8 +43,9 @@ class Ask:
 class Generator:
     """Belongs to one event loop."""
 
-    def __init__(self, backend: Backend, tokens: Tokens, door: Door) -> None:
+    def __init__(self, backend: Backend, tokens: Tokens, door: Door, watch: Watch) -> None:
         self.backend = backend
+        self._watch = watch
         self.tokens = tokens
         self.door = door
 
@@ -61,10 +63,11 @@ class Generator:
 
         Raises RpcFailure: RESOURCE_EXHAUSTED, UNAVAILABLE, DEADLINE_EXCEEDED, or CANCELLED when somebody aborted it.
         """
-        with self.door.admit(guest, prompts) as visit:
+        with self._watch.request(guest.call) as watch, self.door.admit(guest, prompts) as visit:
+            watch.admitted(visit, next((w.status.model for w in self.backend.pool.workers if w.status), ""))
             left = guest.call.timeout_s
             timeout_s = self.backend.config.request_timeout_s if left is None else left - min(_ANSWER_S, left / 10)
-            session = Session(self, visit, visit.arrived + timeout_s)
+            session = Session(self, visit, watch, visit.arrived + timeout_s)
             try:
                 async with visit.deadline(timeout_s):
                     yield session
@@ -75,11 +78,12 @@ class Generator:
 class Session:
     """One call, from its prompts to their last responses."""
 
-    def __init__(self, generator: Generator, visit: Visit, until: float) -> None:
+    def __init__(self, generator: Generator, visit: Visit, watch: RequestWatch, until: float) -> None:
         """`until`: the deadline on the monotonic clock."""
         self.request_id = visit.request_id
         self._generator = generator
         self._visit = visit
+        self._watch = watch
         self._until = until
         self._asks: Sequence[Ask] = ()
         self._prompts: list[tuple[JournalEntry, ...]] = []
@@ -101,6 +105,7 @@ class Session:
             self._prompts.append(entries)
         self._asks = asks
         self._visit.entries = [entry for entries in self._prompts for entry in entries]
+        self._watch.read(self._visit.entries)
         return [entries[0].prompt for entries in self._prompts]
 
     async def run(self, write: Write, replayed: Callable[[gateway_pb2.GenerateResponse], None] | None = None) -> None:
@@ -142,7 +147,13 @@ class Session:
 
         tokens, special = self._generator.tokens, self._asks[number].special_tokens
         return [
-            Sample(index, entry, Output(tokens.detokenizer(special_tokens=special), entry.stop), send)
+            Sample(
+                index,
+                entry,
+                Output(tokens.detokenizer(special_tokens=special), entry.stop),
+                send,
+                self._watch.sample(entry),
+            )
             for index, entry in enumerate(self._prompts[number])
             if not entry.settled
         ]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.metadata
 import logging
 import time
 
 from branchline.core import InvalidRequestError
+from branchline.observe.metrics import version
 from branchline.v1 import gateway_pb2
 from branchline.wire.status import RpcFailure
 from gateway.backend import Backend
@@ -65,14 +65,6 @@ class Info:
             requests=[_request_status(visit, now) for visit in self._door.visits_for(guest)],
             max_requests=self._door.max_requests,
         )
-
-
-def version() -> str:
-    """Of this program."""
-    try:
-        return importlib.metadata.version("branchline")
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree
-        return "0+source"
 
 
 def _request_status(visit: Visit, now: float) -> gateway_pb2.RequestStatus:

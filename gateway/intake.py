@@ -42,7 +42,8 @@ class Intake:
         return Completed(reason) if reason else None
 
     async def tokens(self, event: decode_pb2.Tokens, source: Worker) -> Completed | None:
-        self.record.speculation = convert.speculation_from_proto(event.speculation)
+        before, self.record.speculation = self.record.speculation, convert.speculation_from_proto(event.speculation)
+        self.sample.watch.speculated(before, self.record.speculation)
         return await self._take(event.index, event.token_ids, event.logprobs, source)
 
     def finished(self, event: decode_pb2.Finished, source: Worker) -> Completed:

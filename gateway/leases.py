@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import grpc
 
+from branchline.observe.logs import about
 from branchline.v1 import decode_pb2
 from branchline.wire.status import RpcFailure
 from gateway.background import Background
 from gateway.pool import Pair, WorkerPool
-from gateway.worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,8 @@ class Placement:
     accepts_draft: bool
     #: Tokens of the context whose KV the decode worker has.
     held_tokens: int = 0
+    #: As the decode worker knows it.
+    request_id: str = ""
 
 
 class Leases:
@@ -57,7 +59,7 @@ class Leases:
     def end(self, placement: Placement, sample: int, reason: str) -> None:
         """Tells the decode worker, without waiting: it would notice by itself, from the closed stream."""
         lease_id = placement.lease_ids[sample]
-        self._background.spawn(self._abort(placement.pair.decode, lease_id, reason), f"abort {lease_id}")
+        self._background.spawn(self._abort(placement, lease_id, reason), f"abort {lease_id}")
 
     def note_room(self) -> None:
         """A lease has ended by itself: requests that wait for room may try again."""
@@ -70,7 +72,8 @@ class Leases:
 
     async def _reserve(self, pair: Pair, request: decode_pb2.ReserveRequest) -> Placement:
         lease = await pair.decode.call("Reserve", request, RESERVE_TIMEOUT_S + request.wait_ms / 1000)
-        placement = Placement(pair, (lease.lease_id, *lease.sibling_lease_ids), lease.accepts_draft, lease.held_tokens)
+        lease_ids = (lease.lease_id, *lease.sibling_lease_ids)
+        placement = Placement(pair, lease_ids, lease.accepts_draft, lease.held_tokens, request.request_id)
         if len(placement.lease_ids) != max(1, request.samples):
             await self._abort_all(placement, "not one lease for each sample")
             raise RpcFailure(
@@ -86,13 +89,13 @@ class Leases:
         await self._abort_all(placement, "the request was cancelled")
 
     async def _abort_all(self, placement: Placement, reason: str) -> None:
-        decode = placement.pair.decode
-        await asyncio.gather(*(self._abort(decode, lease_id, reason) for lease_id in placement.lease_ids))
+        await asyncio.gather(*(self._abort(placement, lease_id, reason) for lease_id in placement.lease_ids))
 
-    async def _abort(self, decode: Worker, lease_id: str, reason: str) -> None:
+    async def _abort(self, placement: Placement, lease_id: str, reason: str) -> None:
+        decode = placement.pair.decode
         request = decode_pb2.AbortRequest(lease_id=lease_id, reason=reason)
         try:
             await decode.call("Abort", request, ABORT_TIMEOUT_S)
         except RpcFailure as error:
-            logger.info("%s: Abort failed: %s", decode, error)
+            logger.info("%s: Abort failed: %s", decode, error, extra=about(placement.request_id))
         self._pool.note_room()

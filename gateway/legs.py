@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,11 +35,12 @@ PREFILL = -1
 class Legs:
     """`waited_s` is a clock that runs only while `next` waits: time that a slow client takes is no worker's."""
 
-    def __init__(self, name: str, timeout_s: float) -> None:
-        """`name` is for the tasks, `timeout_s` the calls' deadline."""
+    def __init__(self, name: str, timeout_s: float, metadata: Sequence[tuple[str, str]] = ()) -> None:
+        """`name` is for the tasks, `timeout_s` the calls' deadline, `metadata` goes with each."""
         self.waited_s = 0.0
         self._name = name
         self._timeout_s = timeout_s
+        self._metadata = metadata
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue(maxsize=_QUEUE)
         self._tasks: dict[int, asyncio.Task[None]] = {}
 
@@ -67,7 +69,9 @@ class Legs:
     async def _read(self, key: int, worker: Worker, method: str, request: Any) -> None:
         failure = None
         try:
-            async with contextlib.aclosing(worker.stream(method, request, self._timeout_s)) as responses:
+            async with contextlib.aclosing(
+                worker.stream(method, request, self._timeout_s, self._metadata)
+            ) as responses:
                 async for response in responses:
                     await self._events.put((key, response))
         except RpcFailure as error:

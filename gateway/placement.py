@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import grpc
 
 from branchline.core import PRIORITY_S, InvalidRequestError, Request
+from branchline.observe.logs import about
 from branchline.v1 import decode_pb2
 from branchline.wire import convert
 from branchline.wire.status import RpcFailure
@@ -72,6 +73,11 @@ class Placer:
         self._leases = leases
         self._patience_s = patience_s
         self._turns = Turns()
+
+    @property
+    def waiting(self) -> int:
+        """Those that wait for room."""
+        return len(self._turns)
 
     async def place(self, search: Search) -> Placement:
         """Raises RpcFailure UNAVAILABLE when no pair can serve, InvalidRequestError when a worker refuses for good,
@@ -157,9 +163,9 @@ class Placer:
             case grpc.StatusCode.FAILED_PRECONDITION:
                 reason = f"{pair.decode} refuses {pair.prefill}: {error.details}"
                 search.misfits[pair.identity] = reason
-                logger.warning("%s", reason)
+                logger.warning("%s", reason, extra=about(search.request_id))
             case _:
-                logger.warning("%s: Reserve failed: %s", pair.decode, error)
+                logger.warning("%s: Reserve failed: %s", pair.decode, error, extra=about(search.request_id))
                 self._pool.suspect(pair.decode)
 
     def _explain(self, misfit: str) -> None:

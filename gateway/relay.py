@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import grpc
 
 from branchline.core import FinishReason
+from branchline.observe.logs import about
 from branchline.wire.status import RpcFailure
 from gateway.attempt import Attempt
 from gateway.backend import Backend
@@ -100,6 +101,8 @@ class Relay:
         self._waiting_for_room |= group.indices
         placement = await self._backend.placer.place(group.next_search())
         self._waiting_for_room -= group.indices
+        first = group.samples[0]
+        first.watch.request.placed(first.entry, placement)
         return placement
 
     async def _attempt(self, group: Group, placement: Placement) -> Cause | None:
@@ -148,14 +151,17 @@ class Relay:
                 return
             case Cause.PREEMPTED:
                 record.preempted = True
-                logger.info("request %s: preempted after %d tokens", entry.request_id, len(entry.emitted))
+                intake.sample.watch.broke(record)
+                logger.info("preempted after %d tokens", len(entry.emitted), extra=about(entry.request_id))
                 return
             case Cause.MISFIT:
                 self._misfits[pair.identity] = record.failure
-        logger.warning("request %s: %s", entry.request_id, entry.failures)
+        logger.warning("%s", entry.failures, extra=about(entry.request_id))
         self._backend.pool.suspect(*error.suspects)
         if time.monotonic() >= self._until:
             raise self.timed_out()
         if entry.failed_attempts >= self._backend.config.max_attempts and entry.ended is None:
             what = "the request" if len(self._samples) == 1 else f"sample {intake.sample.index}"
             raise RpcFailure(grpc.StatusCode.UNAVAILABLE, f"{what} failed: {entry.failures}")
+        if entry.ended is None:  # else it has all its tokens
+            intake.sample.watch.broke(record)

@@ -10,6 +10,7 @@ from branchline.v1 import gateway_pb2, types_pb2
 from branchline.wire import convert
 from gateway.journal import JournalEntry
 from gateway.output import Output
+from gateway.watch import SampleWatch
 
 #: Sends a response to the client. Calls from several tasks at once must be safe.
 Write = Callable[[gateway_pb2.GenerateResponse], Awaitable[None]]
@@ -23,6 +24,7 @@ class Sample:
     entry: JournalEntry
     output: Output
     write: Write
+    watch: SampleWatch
 
     def replay(self) -> gateway_pb2.GenerateResponse:
         """Takes up what the client has of an earlier stream, which isn't written again: the response is for those who
@@ -39,6 +41,7 @@ class Sample:
         """
         piece = self.output.push(token_ids)
         self.entry.record(piece.token_ids)
+        self.watch.tokens(len(piece.token_ids))
         await self.write(
             gateway_pb2.GenerateResponse(
                 sample=self.index,
@@ -58,6 +61,7 @@ class Sample:
         """Writes the last response."""
         entry = self.entry
         text, reason = self.output.finish(reason)
+        self.watch.finished(reason)
         completion = gateway_pb2.Completion(
             finish_reason=convert.finish_reason_to_proto(reason),
             usage=gateway_pb2.Usage(

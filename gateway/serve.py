@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from branchline.config import Config, GatewayConfig
 from branchline.engine.models.locate import locate_model
+from branchline.observe.exposition import exposed
+from branchline.observe.tracing import Tracer, tracing
 from branchline.wire.server import RpcServer, is_loopback
 from branchline.wire.tls import ServerFiles, channel_tls, outside_files, server_context, server_credentials
 from gateway.backend import Backend
@@ -23,7 +26,7 @@ from gateway.service import GatewayService
 from gateway.tokens import Tokens
 
 if TYPE_CHECKING:
-    from gateway.http.server import HttpServer
+    from branchline.wire.http_server import HttpServer
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +57,18 @@ async def serve(
     addresses change. Raises ConfigError, ModelError, BindError, WorkersNotReadyError, or InvalidRequestError for an
     address of a worker that is not HOST:PORT. Everything is closed when it returns or raises.
     """
+    async with tracing(config.tracing, "gateway", secrets.token_hex(8)) as tracer:
+        await _serve(config, tracer, ready, stop, progress, on_pool)
+
+
+async def _serve(
+    config: Config,
+    tracer: Tracer,
+    ready: Callable[..., None],
+    stop: asyncio.Event,
+    progress: Callable[[str], None],
+    on_pool: Callable[[WorkerPool], None],
+) -> None:
     settings = config.gateway
     # First, so that a mistake is told at once.
     inside, files = channel_tls(config.security.inside), outside_files(config.security.outside)
@@ -63,7 +78,7 @@ async def serve(
     tokens = await asyncio.to_thread(_load_tokens, config.model.model, progress)
     parsers = await asyncio.to_thread(_load_parsers, settings, tokens, progress)
     backend = Backend(settings, inside)
-    desk = Desk.make(backend, tokens, config.model.model, parsers, keyring)
+    desk = Desk.make(backend, tokens, config.model.model, parsers, keyring, tracer)
     server = RpcServer(settings.host, settings.grpc_port, credentials, settings.max_grpc_calls)
     GatewayService(desk).add_to(server)
     http = await asyncio.to_thread(_load_http, settings, desk, files, progress) if settings.http_port >= 0 else None
@@ -73,10 +88,11 @@ async def serve(
     try:
         backend.pool.update(config.gateway.prefill_workers, config.gateway.decode_workers)
         on_pool(backend.pool)
-        if await _workers_ready(backend.pool, stop, config.ray.start_timeout_s, progress):
-            addresses = [await server.start()] + ([await http.start()] if http else [])
-            ready(*addresses)
-            await stop.wait()
+        async with exposed(desk.registry, settings.host, settings.metrics_port, progress, files):
+            if await _workers_ready(backend.pool, stop, config.ray.start_timeout_s, progress):
+                addresses = [await server.start()] + ([await http.start()] if http else [])
+                ready(*addresses)
+                await stop.wait()
     finally:
         desk.door.close()
         await background.close()
@@ -107,9 +123,9 @@ def _load_http(
 ) -> HttpServer:
     """Imported only where it is served: OpenAI's types take a second or two."""
     progress("gateway: loading the HTTP API")
+    from branchline.wire.http_server import HttpServer
     from gateway.http.app import application
     from gateway.http.connection import bounded_protocol
-    from gateway.http.server import HttpServer
 
     tls = server_context(files) if files else None
     app = application(desk, settings.max_http_requests)

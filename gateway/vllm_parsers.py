@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import secrets
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,8 +76,8 @@ class VllmSampleParser:
             delta = self._parser.parse_delta(
                 text, list(token_ids), self._request, prompt_token_ids=self._prompt, finished=finished
             )
-        except Exception:
-            logger.exception("vLLM's parser failed in a stream")
+        except Exception as error:  # noqa: BLE001 - logged, without its message
+            _log(error)
             self._broken = True
             return Parsed(text)
         if delta is None:
@@ -90,8 +91,8 @@ class VllmSampleParser:
             reasoning, content, calls = self._parser.parse(
                 text, self._request, enable_auto_tools=True, model_output_token_ids=list(token_ids)
             )
-        except Exception:
-            logger.exception("vLLM's parser failed")
+        except Exception as error:  # noqa: BLE001 - logged, without its message
+            _log(error)
             return Parsed(text)
         parts = (
             _call_part(index, call.id or f"call_{secrets.token_hex(12)}", call)
@@ -135,3 +136,9 @@ def _request(request: gateway_pb2.ChatRequest) -> ChatCompletionRequest:
         }
     )
     return values
+
+
+def _log(error: Exception) -> None:
+    """Where it failed, without its message, which may quote the answer."""
+    where = "".join(traceback.format_tb(error.__traceback__)).rstrip()
+    logger.error("vLLM's parser failed: %s\n%s", type(error).__name__, where)

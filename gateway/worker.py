@@ -6,7 +6,7 @@ import asyncio
 import enum
 import math
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,11 +78,13 @@ class Worker:
         except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.CancelledError) as error:
             raise _failure(error) from error
 
-    async def stream(self, method: str, request: Any, timeout_s: float) -> AsyncGenerator[Any]:
+    async def stream(
+        self, method: str, request: Any, timeout_s: float, metadata: Sequence[tuple[str, str]] = ()
+    ) -> AsyncGenerator[Any]:
         """One request, many responses. Close the generator (`contextlib.aclosing`): that cancels the call."""
         call = None
         try:
-            call = getattr(self._stub, method)(request, timeout=timeout_s)
+            call = getattr(self._stub, method)(request, timeout=timeout_s, metadata=metadata)
             async for response in call:
                 yield response
         except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.CancelledError) as error:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from branchline.core import DraftTree, FinishReason, KvPart, KvSpan, Request
 from branchline.engine.models.protocol import KvGeometry, Models
 from branchline.engine.prefill import FirstChoice, PrefillRunner, PrefillTask
+from branchline.observe.logs import about
 from branchline.wire.kv_codec import KvDraft, KvMessage
 from prefill_worker.schedule import Waiting, share
 
@@ -90,6 +91,8 @@ class PrefillLoop:
         self.runner = runner
         #: Context tokens computed since the start; those that were found don't count.
         self.prefilled_tokens = 0
+        #: And those that were found instead.
+        self.cached_tokens = 0
         self._budget = budget
         self._jobs: dict[int, _Job] = {}
         self._computing: set[int] = set()
@@ -198,7 +201,7 @@ class PrefillLoop:
         """Call it where `error` is handled. Raises it when too many have failed."""
         job = self._jobs[job_id]
         self._failures += 1
-        logger.error("prefill failed request=%s", job.task.request.request_id, exc_info=error)
+        logger.error("prefill failed", extra=about(job.task.request.request_id), exc_info=error)
         self.release(job_id)
         job.listener(Failed(f"the prefill step failed: {type(error).__name__}"))
         if self._failures == MAX_FAILURES:
@@ -207,6 +210,7 @@ class PrefillLoop:
     def _choose(self, job_id: int, job: _Job) -> None:
         """The samples' first tokens."""
         self._computing.discard(job_id)
+        self.cached_tokens += job.task.cached
         for sample in range(job.task.samples):
             choice = self.runner.first_token(job.task, sample)
             job.finishes.append(choice.finish)

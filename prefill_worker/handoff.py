@@ -10,10 +10,11 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 
 import grpc
 
+from branchline.observe.logs import about
 from branchline.v1 import decode_pb2
 from branchline.wire.kv_codec import Outgoing
 from branchline.wire.seals import intact, seal
@@ -54,7 +55,8 @@ logger = logging.getLogger(__name__)
 class HandoffSender:
     """Ships one request's hand-off to the lease that `header` names.
 
-    `stall_s`: how long the decode worker may take to answer or to take a message.
+    `stall_s`: how long the decode worker may take to answer or to take a message; `metadata` goes with each stream.
+    `request_id` is for the log.
     """
 
     def __init__(
@@ -64,7 +66,13 @@ class HandoffSender:
         header: decode_pb2.HandoffHeader,
         messages: AsyncGenerator[Outgoing],
         stall_s: float,
+        metadata: Sequence[tuple[str, str]] = (),
+        request_id: str = "",
     ) -> None:
+        self._request_id = request_id
+        #: Times that a stream was opened again because one had broken.
+        self.retries = 0
+        self._metadata = metadata
         self._transport = transport
         self._address = address
         self._header = header
@@ -134,8 +142,10 @@ class HandoffSender:
                 stalled = time.monotonic() - self._heard >= self._stall_s
                 if error.code not in _RESUMABLE or failures > len(RESUME_AFTER_S) or stalled:
                     raise
-                logger.info("handoff to=%s stream=%d resumes after %s", self._address, number, error)
+                facts = (self._address, number, error)
+                logger.info("handoff to=%s stream=%d resumes after %s", *facts, extra=about(self._request_id))
             await asyncio.sleep(RESUME_AFTER_S[failures - 1])
+            self.retries += 1
 
     async def _stream(self, number: int) -> None:
         """One stream, until it breaks: StreamError; or until the decode worker has everything."""
@@ -143,7 +153,7 @@ class HandoffSender:
         header.CopyFrom(self._header)
         header.stream = number
         seal(header)
-        stream = self._transport.open(number)
+        stream = self._transport.open(number, self._metadata)
         reading: asyncio.Task[None] | None = None
         try:
             await self._send(stream, decode_pb2.HandoffRequest(header=header))

@@ -67,6 +67,10 @@ class PrefillJob:
             asyncio.get_running_loop().create_future() for _ in range(shipment.samples)
         ]
 
+    @property
+    def request_id(self) -> str:
+        return self._request.request_id
+
     async def begin(self) -> None:
         """Takes blocks and queues the computation. Raises InvalidRequestError, or RpcFailure when blocks are short."""
         drafts = self._draft_kv is not None

@@ -7,15 +7,15 @@ import logging
 import secrets
 from collections.abc import Callable
 
-import grpc
-
 from branchline.config import Config
 from branchline.engine.assemble import assemble
 from branchline.engine.hosting import Host, hosted_engine
 from branchline.engine.prefill import PrefillRunner
+from branchline.observe.exposition import exposed
+from branchline.observe.tracing import tracing
 from branchline.v1 import prefill_pb2_grpc
 from branchline.wire.server import RpcServer
-from branchline.wire.tls import channel_tls, inside_files, server_credentials
+from branchline.wire.tls import ServerFiles, channel_tls, inside_files, server_credentials
 from prefill_worker.channels import DecodeChannels
 from prefill_worker.engine_loop import PrefillLoop
 from prefill_worker.service import SERVICE, PrefillService
@@ -43,26 +43,31 @@ async def serve(
         models, tree = assemble(config, progress)
         return PrefillLoop(models, PrefillRunner(models, config.engine, tree), config.engine.prefill_chunk_tokens)
 
-    credentials = server_credentials(inside_files(config.security.inside))
+    files = inside_files(config.security.inside)
+    server_credentials(files)  # a mistake is told at once
     channels = DecodeChannels(config.transfer.streams, channel_tls(config.security.inside))
     async with hosted_engine("prefill-engine", build, stop) as host:
         if host is not None:
-            await _serve(config, host, ready, credentials, channels)
+            await _serve(config, host, ready, progress, files, channels)
 
 
 async def _serve(
     config: Config,
     host: Host[PrefillLoop],
     ready: Callable[[str], None],
-    credentials: grpc.ServerCredentials | None,
+    progress: Callable[[str], None],
+    files: ServerFiles | None,
     channels: DecodeChannels,
 ) -> None:
-    service = PrefillService(host.thread, host.engine, secrets.token_hex(8), config.prefill.lease_ttl_s, channels)
-    server = RpcServer(config.prefill.host, config.prefill.port, credentials)
-    server.add(SERVICE, service, prefill_pb2_grpc.add_PrefillServiceServicer_to_server)
-    try:
-        ready(await server.start())
-        await host.until_stopped()
-    finally:
-        await server.stop(GRACE_S)
-        await service.close()
+    incarnation, own = secrets.token_hex(8), config.prefill
+    async with tracing(config.tracing, "prefill", incarnation) as tracer:
+        service = PrefillService(host.thread, host.engine, incarnation, own.lease_ttl_s, channels, tracer)
+        server = RpcServer(own.host, own.port, server_credentials(files))
+        server.add(SERVICE, service, prefill_pb2_grpc.add_PrefillServiceServicer_to_server)
+        try:
+            async with exposed(service.registry, own.host, own.metrics_port, progress, files):
+                ready(await server.start())
+                await host.until_stopped()
+        finally:
+            await server.stop(GRACE_S)
+            await service.close()

@@ -47,6 +47,7 @@ class AsyncClient:
     It connects with its first call. Of several gateways, with commas between, it talks to one, and to the next one when
     that fails. `timeout` is the deadline in seconds of calls that bring none. A generation whose gateway fails goes on
     at the next token, in the same stream, after at most `retries` attempts in a row; 0 passes on every failure.
+    The `traceparent` of a call is a W3C trace context: the gateway's spans then belong to the caller's trace.
     `api_key` is what a gateway with keys asks for; without `tls` it goes over the network for everybody to read.
     Calls raise the exceptions of `branchline.client.errors`.
     """
@@ -83,39 +84,45 @@ class AsyncClient:
         for connection in self._connections.values():
             await connection.channel.close()
 
-    async def complete(self, *, timeout: float | None = None, **options: Unpack[GenerateOptions]) -> Completion:
+    async def complete(
+        self, *, timeout: float | None = None, traceparent: str | None = None, **options: Unpack[GenerateOptions]
+    ) -> Completion:
         """Generates and waits for the end, at most `timeout` seconds. Options: see GenerateOptions."""
-        async with self.generate(timeout=timeout, **options) as stream:
+        async with self.generate(timeout=timeout, traceparent=traceparent, **options) as stream:
             async for _ in stream:
                 pass
             return stream.result
 
     def generate(
-        self, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+        self, *, timeout: float | None = None, traceparent: str | None = None, **options: Unpack[GenerateOptions]
     ) -> AsyncStream[Chunk, Completion]:
         """Generates and yields the parts as they come, for `timeout` seconds. Options: see GenerateOptions."""
         timeout_s = self._timeout_s if timeout is None else deadline(timeout)
-        request = generate_request(**options)
+        request, metadata = generate_request(**options), transport.trace_metadata(traceparent)
         collector = Collector(max(1, request.n))
         recovery = Recovery(request, collector.received, retries=self._retries, timeout_s=timeout_s)
-        return AsyncStream(functools.partial(self._start, "Generate", recovery), recovery, collector)
+        start = functools.partial(self._start, "Generate", recovery, metadata)
+        return AsyncStream(start, recovery, collector)
 
-    async def complete_chat(self, *, timeout: float | None = None, **options: Unpack[ChatOptions]) -> ChatCompletion:
+    async def complete_chat(
+        self, *, timeout: float | None = None, traceparent: str | None = None, **options: Unpack[ChatOptions]
+    ) -> ChatCompletion:
         """Answers a chat and waits for the end, at most `timeout` seconds. Options: see ChatOptions."""
-        async with self.chat(timeout=timeout, **options) as stream:
+        async with self.chat(timeout=timeout, traceparent=traceparent, **options) as stream:
             async for _ in stream:
                 pass
             return stream.result
 
     def chat(
-        self, *, timeout: float | None = None, **options: Unpack[ChatOptions]
+        self, *, timeout: float | None = None, traceparent: str | None = None, **options: Unpack[ChatOptions]
     ) -> AsyncStream[ChatChunk, ChatCompletion]:
         """Answers a chat and yields the parts as they come: content, reasoning, calls. Options: see ChatOptions."""
         timeout_s = self._timeout_s if timeout is None else deadline(timeout)
-        request = chat_request(**options)
+        request, metadata = chat_request(**options), transport.trace_metadata(traceparent)
         collector = ChatCollector(max(1, request.options.n))
         recovery = Recovery(request, collector.received, retries=self._retries, timeout_s=timeout_s)
-        return AsyncStream(functools.partial(self._start, "Chat", recovery), recovery, collector)
+        start = functools.partial(self._start, "Chat", recovery, metadata)
+        return AsyncStream(start, recovery, collector)
 
     async def tokenize(
         self,
@@ -193,12 +200,15 @@ class AsyncClient:
             self._gateways.leave(connection.target)
             raise
 
-    def _start(self, method: str, recovery: Recovery[Any], failed: str | None) -> tuple[Any, str]:
+    def _start(
+        self, method: str, recovery: Recovery[Any], metadata: transport.Metadata, failed: str | None
+    ) -> tuple[Any, str]:
         """A call of the stub's method, and to whom; `failed` is who had it before and is not available any more."""
         if failed is not None:
             self._gateways.leave(failed)
         connection = self._connection()
-        return getattr(connection.stub, method)(recovery.request(), timeout=recovery.timeout_s), connection.target
+        call = getattr(connection.stub, method)
+        return call(recovery.request(), timeout=recovery.timeout_s, metadata=metadata), connection.target
 
     def _connection(self) -> _Connection:
         if self._closed:

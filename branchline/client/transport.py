@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,9 @@ POLL_S = 0.1
 HEALTH_TIMEOUT_S = 5.0
 #: Seconds that a call has which generates nothing.
 CALL_TIMEOUT_S = 10.0
+
+#: What a call carries beside its message.
+Metadata = tuple[tuple[str, str], ...]
 
 _LOOPBACK = ("127.", "localhost:", "[::1]:")
 _MAX_MESSAGE_BYTES = 8 * 1024 * 1024
@@ -69,6 +73,18 @@ REQUEST_ID_METADATA = "x-request-id"
 def request_id(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
     """Of a call's initial metadata; empty when the server gives none."""
     return next((str(value) for name, value in metadata or () if name == REQUEST_ID_METADATA), "")
+
+
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+def trace_metadata(traceparent: str | None) -> Metadata:
+    """Of a call. Raises InvalidRequestError for what is no W3C trace context."""
+    if traceparent is None:
+        return ()
+    if not isinstance(traceparent, str) or _TRACEPARENT.fullmatch(traceparent) is None:
+        raise InvalidRequestError(f"traceparent: must be 00-TRACE-SPAN-FLAGS in lower hexadecimal, got {traceparent!r}")
+    return (("traceparent", traceparent),)
 
 
 def tokenize_request(

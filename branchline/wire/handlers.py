@@ -165,7 +165,7 @@ async def _mapped_errors(method: str, context: grpc.aio.ServicerContext) -> Asyn
         failure = failure_for(error)
     except Exception:
         request_id = secrets.token_hex(6)
-        logger.exception("%s failed, request %s", method, request_id)
+        logger.exception("%s failed", method, extra={"request_id": request_id})
         failure = RpcFailure(grpc.StatusCode.INTERNAL, f"internal error, request {request_id}")
     # A negative number means, as in gRPC's own design of retries (gRFC A6), that trying again is of no use.
     pushback_ms = -1 if failure.retry_after_s is None else math.ceil(failure.retry_after_s * 1000)

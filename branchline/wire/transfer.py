@@ -58,8 +58,10 @@ class Transport(Protocol):
     def streams(self) -> int:
         """How many streams a hand-off may use at once, at least 1."""
 
-    def open(self, number: int) -> Stream:
-        """A new stream, number 0 ≤ `number` < `streams`; it connects with the first message."""
+    def open(self, number: int, metadata: Sequence[tuple[str, str]] = ()) -> Stream:
+        """A new stream, number 0 ≤ `number` < `streams`; it connects with the first message. `metadata`: for the other
+        end, if the transport can carry any.
+        """
 
 
 class GrpcTransport:
@@ -74,12 +76,12 @@ class GrpcTransport:
     def streams(self) -> int:
         return len(self._channels)
 
-    def open(self, number: int) -> Stream:
+    def open(self, number: int, metadata: Sequence[tuple[str, str]] = ()) -> Stream:
         # Not the generated stub's, which would copy the KV into protobuf's bytes once more.
         open_stream = self._channels[number].stream_stream(
             _HANDOFF, request_serializer=request_bytes, response_deserializer=decode_pb2.HandoffResponse.FromString
         )
-        return _GrpcStream(open_stream())
+        return _GrpcStream(open_stream(metadata=metadata))
 
 
 class _GrpcStream:

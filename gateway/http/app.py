@@ -14,6 +14,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from branchline.core import InvalidRequestError
+from branchline.observe.exposition import CONTENT_TYPE, PATH, page
+from branchline.observe.metrics import version
 from branchline.wire.status import RpcFailure
 from gateway.desk import Desk
 from gateway.door import Call
@@ -24,7 +26,6 @@ from gateway.http.errors import HttpError, from_failure, phrase
 from gateway.http.exchange import PostJson
 from gateway.http.options import check_model
 from gateway.http.schemas import ChatRequest, CompletionRequest
-from gateway.info import version
 
 OWNER = "branchline"
 
@@ -46,6 +47,7 @@ def application(desk: Desk, max_requests: int) -> ASGIApp:
             Route("/v1/models/{name:path}", pages.model),
             Route("/health", pages.health),
             Route("/version", pages.version),
+            Route(PATH, pages.metrics),
         ],
         exception_handlers={
             HTTPException: _no_such_page,
@@ -84,6 +86,11 @@ class _Pages:
     async def version(self, request: Request) -> Response:
         self._greet(request)
         return JSONResponse({"version": version()})
+
+    async def metrics(self, request: Request) -> Response:
+        """Whoever may not call may not see what is called either; a port of its own is `gateway.metrics_port`."""
+        self._greet(request)
+        return Response(page(self._desk.registry), media_type=CONTENT_TYPE)
 
     def _greet(self, request: Request) -> None:
         self._desk.door.greet(Call("http", request.url.path, dict(request.headers)))

@@ -14,6 +14,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from branchline.core import InvalidRequestError
+from branchline.observe.logs import about
 from branchline.wire.channels import MAX_MESSAGE_BYTES
 from branchline.wire.status import RpcFailure
 from gateway.background import cancel_all
@@ -96,7 +97,7 @@ class Exchange:
             await self.fail(error)
         except Exception:
             name = self.request_id or secrets.token_hex(6)
-            logger.exception("%s failed, request %s", self._path, name)
+            logger.exception("%s failed", self._path, extra=about(name))
             await self.fail(HttpError(500, f"internal error, request {name}"))
 
     async def fail(self, error: HttpError) -> None:

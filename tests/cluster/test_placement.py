@@ -96,3 +96,9 @@ def test_claims_add_up() -> None:
 )
 def test_a_wildcard_host_becomes_the_nodes_own(address: str, expected: str) -> None:
     assert reachable(address, "10.1.2.3") == expected
+
+
+def test_ports_for_metrics_count_up_where_they_are_fixed() -> None:
+    placed = seats(**{"decode.replicas": 2, "decode.metrics_port": 9100, "prefill.metrics_port": 0})
+    ports = [getattr(seat.config, seat.role).metrics_port for seat in placed.values()]
+    assert ports == [0, 9100, 9101, -1]

@@ -100,6 +100,12 @@ class Fleet:
         return self._system.http
 
     @property
+    def by_role(self) -> dict[str, Process]:
+        """The gateway, and the first worker of each role."""
+        assert self._system.gateway is not None
+        return {"gateway": self._system.gateway, "prefill": self._system.prefill[0], "decode": self._system.decode[0]}
+
+    @property
     def processes(self) -> dict[str, Process]:
         """By address: the gateway lists its workers in the order of its configuration."""
         workers = self.client.info().workers

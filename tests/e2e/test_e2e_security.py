@@ -7,6 +7,8 @@ import os
 import ssl
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +67,7 @@ def secured(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     config = tiny.config(
         **{
             "gateway.http_port": 0,
+            "decode.metrics_port": 0,
             "security.inside.certificate": node.certificate,
             "security.inside.key": node.key,
             "security.inside.ca": inside.certificate,
@@ -148,6 +151,21 @@ def refusal(client: Client) -> BranchlineError | None:
     except BranchlineError as error:
         return error
     return None
+
+
+def test_a_worker_s_metrics_want_a_certificate(secured: Secured) -> None:
+    log = secured.system.decode[0].log.read_text()
+    url = next(line.rpartition(" ")[2] for line in log.splitlines() if line.startswith("metrics at https://"))
+    trusting = ssl.create_default_context(cafile=secured.inside.certificate)
+    trusting.check_hostname = False  # as Prometheus does with `server_name`: the address is not in it
+    with pytest.raises((ssl.SSLError, urllib.error.URLError, ConnectionError)):
+        urllib.request.urlopen(url, timeout=10, context=trusting).read()
+    trusting.load_cert_chain(secured.node.certificate, secured.node.key)
+    with urllib.request.urlopen(url, timeout=10, context=trusting) as page:
+        assert b"branchline_decode_leases" in page.read()
+    outside = ssl.create_default_context(cafile=secured.outside.certificate)
+    with pytest.raises(urllib.error.HTTPError, match="401"):  # the API's door is in front of that page
+        urllib.request.urlopen(f"https://{secured.system.http}/metrics", timeout=10, context=outside)
 
 
 def test_workers_talk_to_nobody_without_a_certificate(secured: Secured) -> None:

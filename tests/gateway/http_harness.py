@@ -13,9 +13,9 @@ import openai
 from gateway_harness import House, house
 from scripted_workers import ScriptedDecode, ScriptedPrefill, eventually
 
+from branchline.wire.http_server import HttpServer
 from gateway.http.app import application
 from gateway.http.connection import bounded_protocol
-from gateway.http.server import HttpServer
 from gateway.tokens import Tokens
 
 MODEL = "scripted"

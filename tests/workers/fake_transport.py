@@ -54,7 +54,7 @@ class FakeTransport:
     #: Streams whose receiving side has not ended.
     live: set[asyncio.Task[None]] = field(default_factory=set)
 
-    def open(self, number: int) -> Stream:
+    def open(self, number: int, metadata: object = ()) -> Stream:  # noqa: ARG002
         assert 0 <= number < self.streams
         self.opened += 1
         return _FakeStream(self)

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 import grpc
 import pytest
 from fake_transport import FakeTransport, Faults
-from handoff_world import TTL_S, World, random_frames, receiving, ship
+from handoff_world import TTL_S, World, random_frames, receiving, sender, ship
 from worker_driver import Tiny, eventually
 
 from branchline.wire.kv_codec import KvMessage
@@ -65,6 +65,20 @@ async def test_one_kind_of_fault_costs_no_handoff(world: World, faults: Faults, 
         assert await world.kv_is(lease, messages)
         world.sessions.live.abort(lease.lease_id, "the test is over")
         await transport.settle()
+
+
+async def test_streams_that_were_opened_again_are_counted(world: World) -> None:
+    retries = 0
+    for seed in range(4):
+        transport = FakeTransport(world.receive, 1, Faults(broken=0.03), random.Random(seed))
+        lease = await world.lease(CONTEXT)
+        sending = sender(transport, lease, random_frames(CONTEXT, 20, seed))
+        await asyncio.wait_for(sending.run(), 10.0)
+        assert sending.retries == transport.opened - 1
+        retries += sending.retries
+        world.sessions.live.abort(lease.lease_id, "the test is over")
+        await transport.settle()
+    assert retries > 0
 
 
 async def test_damaged_data_breaks_no_stream(world: World) -> None:
