@@ -44,6 +44,11 @@ SWITCHES: dict[str, Manifest] = {
     "outside": {"security": {"outside": {"enabled": True, "secret": "s", "clientCa": True}}},
     "inside": {"security": {"inside": {"enabled": True, "secret": "s"}}},
     "keys": {"security": {"apiKeys": {"secret": "s"}}},
+    "metrics": {
+        "ports": {"metrics": 9101},
+        "networkPolicy": {"scrapers": [{"namespaceSelector": {}}]},
+        "monitoring": {name: {"enabled": True} for name in ("serviceMonitor", "rules", "dashboard")},
+    },
     "redis": {"gcsFaultTolerance": {"enabled": True, "redisAddress": "redis:6379", "passwordSecret": "s"}},
 }
 

@@ -14,7 +14,9 @@ from branchline.config import Config, ConfigError, from_mapping
 from tools import chart_readme
 
 #: Fields of the program's configuration that the chart fills in, or that nobody sets on a Ray cluster.
-FILLED_IN = {"replicas", "host", "port", "grpc_port", "http_port", "num_cpus", "num_gpus", "resource"}
+FILLED_IN = {
+    *("replicas", "host", "port", "grpc_port", "http_port", "metrics_port", "num_cpus", "num_gpus", "resource"),
+}
 #: The section that the chart makes of its own `security`.
 FILLED_SECTIONS = {"security"}
 NOT_FOR_RAY = {"prefill_workers", "decode_workers", "address"}
@@ -89,6 +91,12 @@ NOT_FOR_RAY = {"prefill_workers", "decode_workers", "address"}
         ({"gcsFaultTolerance": {"enabled": True}}, ["gcsFaultTolerance.enabled needs gcsFaultTolerance.redisAddress"]),
         ({"gcsFaultTolerance": {"enabled": True, "redisAddress": "redis"}}, ["gcsFaultTolerance", "redisAddress"]),
         ({"gcsFaultTolerance": {"redisAddress": "redis:6379"}}, ["a Redis is given"]),
+        ({"ports": {"metrics": 8080}}, ["ports.metrics: 8080 is a port of Ray's own"]),
+        ({"monitoring": {"rules": {"enabled": True}}}, ["monitoring.rules.enabled is true, but ports.metrics is 0"]),
+        (
+            {"monitoring": {"serviceMonitor": {"enabled": True}}, "ports": {"metrics": 9101}},
+            ["networkPolicy.scrapers lets nobody scrape"],
+        ),
         ({"gateway": {"drainSeconds": -1}}, ["gateway", "drainSeconds"]),
     ],
     ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",

@@ -62,6 +62,9 @@ ray.io/group: {{ .group }}
 {{- $_ := set $part (eq $role "gateway" | ternary "grpc_port" "port") (index $.Values.ports $role) -}}
 {{- $_ := set $part "num_cpus" $values.cpus -}}
 {{- $_ := set $part "resource" (printf "branchline_%s" $role) -}}
+{{- with $.Values.ports.metrics -}}
+{{- $_ := set $part "metrics_port" . -}}
+{{- end -}}
 {{- if eq $role "gateway" -}}
 {{- $_ := set $part "http_port" (default -1 $.Values.ports.http) -}}
 {{- else -}}

@@ -170,6 +170,10 @@ spec:
         - name: http
           containerPort: {{ $root.Values.ports.http }}
         {{- end }}
+        {{- with $root.Values.ports.metrics }}
+        - name: metrics
+          containerPort: {{ . }}
+        {{- end }}
       startupProbe:
         {{- include "branchline.roleHealth" . | nindent 8 }}
         periodSeconds: 10

@@ -5,8 +5,10 @@
 {{- end -}}
 {{- $ports := .Values.ports -}}
 {{- $names := list "gateway" "prefill" "decode" -}}
-{{- if $ports.http -}}
-{{- $names = append $names "http" -}}
+{{- range $name := list "http" "metrics" -}}
+{{- if index $ports $name -}}
+{{- $names = append $names $name -}}
+{{- end -}}
 {{- end -}}
 {{- range $i, $one := $names -}}
 {{- range $other := slice $names (add1 $i | int) -}}
@@ -41,6 +43,14 @@
 {{- end -}}
 {{- include "branchline.validateSecurity" . -}}
 {{- include "branchline.validateRoutes" . -}}
+{{- range $name, $part := .Values.monitoring -}}
+{{- if and $part.enabled (not $ports.metrics) -}}
+{{- fail (printf "monitoring.%s.enabled is true, but ports.metrics is 0" $name) -}}
+{{- end -}}
+{{- end -}}
+{{- if and .Values.monitoring.serviceMonitor.enabled .Values.networkPolicy.enabled (not .Values.networkPolicy.scrapers) -}}
+{{- fail "monitoring.serviceMonitor.enabled is true, but networkPolicy.scrapers lets nobody scrape: name Prometheus's pods" -}}
+{{- end -}}
 {{- end -}}
 
 {{- define "branchline.validateSecurity" -}}
