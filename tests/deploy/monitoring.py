@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
 import subprocess
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +59,32 @@ def promtool(*arguments: str) -> str:
     done = subprocess.run([PROMTOOL, *arguments], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+@contextlib.contextmanager
+def prometheus(directory: Path, port: int, targets: Sequence[str]) -> Iterator[Callable[[str], list[Any]]]:
+    """A Prometheus that scrapes once a second, with the labels that the chart's ServiceMonitor gives. Yields what asks
+    it: the samples of a query now. Raises OSError while it doesn't answer, and for a query that it refuses."""
+    assert PROMETHEUS is not None
+    labelled = {"targets": list(targets), "labels": {"namespace": VARIABLES["$namespace"]}}
+    scrape = {"job_name": VARIABLES["$job"], "scrape_interval": "1s", "static_configs": [labelled]}
+    file = write(directory / "prometheus.yaml", {"scrape_configs": [scrape]})
+    address = f"127.0.0.1:{port}"
+    flags = [f"--config.file={file}", f"--storage.tsdb.path={directory / 'tsdb'}", f"--web.listen-address={address}"]
+    with (directory / "prometheus.log").open("wb") as log:
+        process = subprocess.Popen([PROMETHEUS, *flags], stdout=log, stderr=log)
+
+    def ask(query: str) -> list[Any]:
+        asked = f"http://{address}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
+        with urllib.request.urlopen(asked, timeout=10) as response:
+            samples: list[Any] = json.load(response)["data"]["result"]
+        return samples
+
+    try:
+        yield ask
+    finally:
+        process.terminate()
+        process.wait(20)
 
 
 def write(path: Path, content: Any) -> Path:
