@@ -90,9 +90,9 @@ def test_the_head_can_keep_its_state_in_a_redis() -> None:
     assert policy["podSelector"]["matchLabels"] == {"ray.io/cluster": "demo", "ray.io/group": "headgroup"}
     assert policy["policyTypes"] == ["Egress"]
     assert policy["egress"] == [{"to": peers, "ports": [{"protocol": "TCP", "port": 6380}]}]
-    anywhere = render({"gcsFaultTolerance": {"enabled": True, "redisAddress": "redis:6379"}})
+    anywhere = render({"gcsFaultTolerance": {"enabled": True, "redisAddress": "rediss://redis:6379"}})
     assert anywhere.get("NetworkPolicy", "redis")["spec"]["egress"] == [{"ports": [{"protocol": "TCP", "port": 6379}]}]
-    assert anywhere.get("RayCluster")["spec"]["gcsFaultToleranceOptions"] == {"redisAddress": "redis:6379"}
+    assert anywhere.get("RayCluster")["spec"]["gcsFaultToleranceOptions"] == {"redisAddress": "rediss://redis:6379"}
     assert "gcsFaultToleranceOptions" not in render().get("RayCluster")["spec"]
 
 
