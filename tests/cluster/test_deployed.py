@@ -16,15 +16,20 @@ from typing import Any
 
 import grpc
 import pytest
+import yaml
 from chart import Objects, render
 from cluster_helpers import ROOT, free_port, listens, nothing_left, wait_until
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from monitoring import PROMETHEUS, named, panel_queries, prometheus, rules
 from ray_nodes import Node, ray_head, ray_worker, remove_all
 
 from branchline.client import Client
+from branchline.config import GatewayConfig
 
 pytestmark = pytest.mark.cluster
 
+#: Whether the program serves metrics.
+METRICS = "metrics_port" in GatewayConfig.__dataclass_fields__
 ROLES = ("prefill", "decode", "gateway")
 TOKEN = "a-token-of-at-least-thirty-two-characters"
 
@@ -65,10 +70,18 @@ def nodes(objects: Objects, directory: Path) -> Iterator[dict[str, Node]]:
 
 
 @contextlib.contextmanager
-def launcher(objects: Objects, head: Node, directory: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+def launcher(
+    objects: Objects, head: Node, directory: Path, metrics: dict[str, int]
+) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
     """The launcher's container as a process; its configuration and the head's address are where they are here."""
     config, log = directory / "config.yaml", directory / "launcher.log"
-    config.write_text(objects.config)
+    program = yaml.safe_load(objects.config)
+    if metrics:
+        # Each pod has the port to itself; here the roles share a network.
+        assert len({program[role]["metrics_port"] for role in ROLES}) == 1
+        for role in ROLES:
+            program[role]["metrics_port"] = metrics[role]
+    config.write_text(yaml.safe_dump(program))
     (container,) = objects.pods["launcher"]["spec"]["containers"]
     there = {"/etc/branchline/config.yaml": str(config), "http://demo-head-svc:8265": head.dashboard}
     command = [*container["command"], *container["args"]]
@@ -93,13 +106,36 @@ def probe(objects: Objects, group: str, ip: str, name: str) -> bool:
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
+def check_queries(targets: list[str], directory: Path) -> None:
+    """Every metric that an alert or the dashboard names is scraped, and every query is understood."""
+    queries = [*panel_queries(), *(rule["expr"] for rule in rules())]
+    names = set().union(*map(named, queries))
+    assert len(names) > 20
+    with prometheus(directory, free_port(), targets) as ask:
+
+        def missing() -> list[str]:
+            with contextlib.suppress(OSError):  # it does not answer yet
+                return sorted(name for name in names if not ask(name)) + [q for q in panel_queries() if not ask(q)]
+            return ["Prometheus"]
+
+        # A rate needs two scrapes.
+        with contextlib.suppress(AssertionError):
+            wait_until(lambda: not missing(), 30, "all metrics")
+        assert missing() == []
+        for rule in rules():
+            ask(rule["expr"])
+
+
 def test_what_the_chart_starts_answers() -> None:
     ports = {name: free_port() for name in (*ROLES, "http")}
-    objects = render({"ports": ports})
+    metrics = {role: free_port() for role in ROLES} if METRICS else {}
+    objects = render({"ports": {**ports, "metrics": metrics.get("gateway", 0)}})
     with nothing_left() as directory:
         try:
-            with nodes(objects, directory) as running, launcher(objects, running["headgroup"], directory) as started:
-                process, log = started
+            with (
+                nodes(objects, directory) as running,
+                launcher(objects, running["headgroup"], directory, metrics) as (process, log),
+            ):
                 wait_until(lambda: "ready grpc=" in log.read_text() or process.poll() is not None, 240, "ready")
                 assert process.poll() is None
                 (ready,) = [line.split() for line in log.read_text().splitlines() if "ready grpc=" in line]
@@ -124,6 +160,9 @@ def test_what_the_chart_starts_answers() -> None:
                     # No token, as from the kubelet.
                     with urllib.request.urlopen(f"http://{node.agent}{path}", timeout=10) as response:
                         assert response.status == 200
+
+                if METRICS and PROMETHEUS:
+                    check_queries([f"{ips[role]}:{metrics[role]}" for role in ROLES], directory)
 
                 process.send_signal(signal.SIGTERM)
                 assert process.wait(60) == 0

@@ -34,6 +34,22 @@ SWITCHES: dict[str, Manifest] = {
     "pull": {"imagePullSecrets": ["registry"], "image": {"tag": "1", "pullPolicy": "Always"}},
     "name": {"fullnameOverride": "other"},
     "no http": {"ports": {"http": 0}},
+    "no drain": {"gateway": {"drainSeconds": 0}},
+    "grpc route": {"routes": {"grpc": {"enabled": True, "parentRefs": [{"name": "g"}], "hostnames": ["a.b"]}}},
+    "http route": {"routes": {"http": {"enabled": True, "parentRefs": [{"name": "g"}]}}},
+    "grpc ingress": {
+        "ingress": {"grpc": {"enabled": True, "host": "a.b", "className": "c", "annotations": {"d": "e"}}}
+    },
+    "http ingress": {"ingress": {"http": {"enabled": True, "host": "a.b", "tlsSecret": "s"}}},
+    "outside": {"security": {"outside": {"enabled": True, "secret": "s", "clientCa": True}}},
+    "inside": {"security": {"inside": {"enabled": True, "secret": "s"}}},
+    "keys": {"security": {"apiKeys": {"secret": "s"}}},
+    "metrics": {
+        "ports": {"metrics": 9101},
+        "networkPolicy": {"scrapers": [{"namespaceSelector": {}}]},
+        "monitoring": {name: {"enabled": True} for name in ("serviceMonitor", "rules", "dashboard")},
+    },
+    "redis": {"gcsFaultTolerance": {"enabled": True, "redisAddress": "redis:6379", "passwordSecret": "s"}},
 }
 
 
@@ -60,7 +76,7 @@ def test_examples(example: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "names", [*itertools.combinations(SWITCHES, 1), ("cache", "token", "downloads", "pods")], ids=str
+    "names", [*itertools.combinations(SWITCHES, 1), ("cache", "token", "downloads", "pods", "keys", "redis")], ids=str
 )
 def test_switches(names: tuple[str, ...]) -> None:
     values = merged(tuple(SWITCHES[name] for name in names))

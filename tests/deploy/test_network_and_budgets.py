@@ -41,6 +41,12 @@ def test_downloads_open_one_port() -> None:
     assert rules[2]["ports"] == [{"protocol": "TCP", "port": 443}]
 
 
+def test_more_can_be_opened() -> None:
+    more = [{"to": [{"namespaceSelector": {}}], "ports": [{"protocol": "TCP", "port": 4317}]}]
+    rules = render({"networkPolicy": {"egress": more}}).get("NetworkPolicy")["spec"]["egress"]
+    assert rules[2:] == more
+
+
 def test_clients_reach_gateways_and_nothing_else() -> None:
     peers: list[Manifest] = [{"namespaceSelector": {"matchLabels": {"team": "chat"}}}]
     policy = render({"networkPolicy": {"clients": peers}}).get("NetworkPolicy", "clients")["spec"]

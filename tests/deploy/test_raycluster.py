@@ -62,6 +62,40 @@ def test_probes() -> None:
         assert head[probe]["httpGet"] == {"path": "/api/healthz", "port": 52365}
 
 
+def test_a_gateway_is_stopped_when_its_requests_have_ended() -> None:
+    pods = render({"gateway": {"drainSeconds": 90}, "ports": {"gateway": 6003}}).pods
+    spec = pods["gateway"]["spec"]
+    assert ray(pods["gateway"])["lifecycle"]["preStop"]["exec"]["command"] == [
+        *("python", "-m", "gateway.drain", "--target=127.0.0.1:6003", "--timeout=90", "--settle=10"),
+    ]
+    assert spec["terminationGracePeriodSeconds"] == 90 + 30, "Ray's own end comes behind it"
+    for name in ("prefill", "decode", "headgroup"):
+        assert "lifecycle" not in ray(pods[name])
+        assert pods[name]["spec"]["terminationGracePeriodSeconds"] == 30
+    assert "lifecycle" not in ray(render({"gateway": {"drainSeconds": 0}}).pods["gateway"])
+    # Nothing in the pod may ask a gateway that asks for keys or certificates.
+    keys: Manifest = {"security": {"apiKeys": {"secret": "s"}}}
+    assert ray(render(keys).pods["gateway"])["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "120"]
+
+
+def test_the_head_can_keep_its_state_in_a_redis() -> None:
+    values: Manifest = {"enabled": True, "redisAddress": "redis.other:6380", "passwordSecret": "s", "passwordKey": "k"}
+    peers = [{"namespaceSelector": {}}]
+    objects = render({"gcsFaultTolerance": values | {"peers": peers}})
+    assert objects.get("RayCluster")["spec"]["gcsFaultToleranceOptions"] == {
+        "redisAddress": "redis.other:6380",
+        "redisPassword": {"valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}},
+    }
+    policy = objects.get("NetworkPolicy", "redis")["spec"]
+    assert policy["podSelector"]["matchLabels"] == {"ray.io/cluster": "demo", "ray.io/group": "headgroup"}
+    assert policy["policyTypes"] == ["Egress"]
+    assert policy["egress"] == [{"to": peers, "ports": [{"protocol": "TCP", "port": 6380}]}]
+    anywhere = render({"gcsFaultTolerance": {"enabled": True, "redisAddress": "rediss://redis:6379"}})
+    assert anywhere.get("NetworkPolicy", "redis")["spec"]["egress"] == [{"ports": [{"protocol": "TCP", "port": 6379}]}]
+    assert anywhere.get("RayCluster")["spec"]["gcsFaultToleranceOptions"] == {"redisAddress": "rediss://redis:6379"}
+    assert "gcsFaultToleranceOptions" not in render().get("RayCluster")["spec"]
+
+
 def test_nothing_runs_as_root_or_writes_to_its_root() -> None:
     for name, pod in render().pods.items():
         spec = pod["spec"]

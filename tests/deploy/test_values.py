@@ -14,8 +14,10 @@ from branchline.config import Config, ConfigError, from_mapping
 from tools import chart_readme
 
 #: Fields of the program's configuration that the chart fills in, or that nobody sets on a Ray cluster.
-FILLED_IN = {"replicas", "host", "port", "grpc_port", "http_port", "num_cpus", "num_gpus", "resource"}
-#: A section that the chart does not know yet.
+FILLED_IN = {
+    *("replicas", "host", "port", "grpc_port", "http_port", "metrics_port", "num_cpus", "num_gpus", "resource"),
+}
+#: The section that the chart makes of its own `security`.
 FILLED_SECTIONS = {"security"}
 NOT_FOR_RAY = {"prefill_workers", "decode_workers", "address"}
 
@@ -50,6 +52,52 @@ NOT_FOR_RAY = {"prefill_workers", "decode_workers", "address"}
         ({"huggingFace": {"token": "a", "existingSecret": "b"}}, ["huggingFace.token and huggingFace.existingSecret"]),
         ({"rayAuth": {"enabled": False, "existingSecret": "b"}}, ["rayAuth.existingSecret", "rayAuth.enabled"]),
         ({"modelCache": {"existingClaim": "b"}}, ["modelCache.existingClaim", "modelCache.persistent"]),
+        ({"security": {"outside": {"enabled": True}}}, ["security.outside.enabled needs security.outside.secret"]),
+        ({"security": {"inside": {"enabled": True}}}, ["security.inside.enabled needs security.inside.secret"]),
+        (
+            {"security": {"outside": {"secret": "s"}}},
+            ["security.outside.secret is given", "nothing would be encrypted"],
+        ),
+        ({"security": {"outside": {"clientCa": True}}}, ["security.outside.clientCa", "enabled is false"]),
+        ({"security": {"apiKey": {"secret": "s"}}}, ["security", "apiKey"]),
+        ({"routes": {"grpc": {"enabled": True}}}, ["routes.grpc.enabled needs routes.grpc.parentRefs"]),
+        ({"routes": {"http": {"enabled": True, "timeout": "soon"}}}, ["routes", "http", "timeout"]),
+        (
+            {"routes": {kind: {"enabled": True, "parentRefs": [{"name": "g"}]} for kind in ("grpc", "http")}},
+            ["routes.grpc and routes.http share their Gateways"],
+        ),
+        (
+            {
+                "routes": {
+                    kind: {"enabled": True, "parentRefs": [{"name": "g"}], "hostnames": ["a.b", kind]}
+                    for kind in ("grpc", "http")
+                }
+            },
+            ["both have the host name a.b"],
+        ),
+        ({"ingress": {"grpc": {"enabled": True}}}, ["ingress.grpc.enabled needs ingress.grpc.host"]),
+        (
+            {"ingress": {"http": {"enabled": True, "host": "a.b"}}, "ports": {"http": 0}},
+            ["ingress.http.enabled is true, but ports.http is 0"],
+        ),
+        (
+            {"ingress": {kind: {"enabled": True, "host": "a.b"} for kind in ("grpc", "http")}},
+            ["ingress.grpc.host and ingress.http.host are both a.b"],
+        ),
+        (
+            {"ingress": {"grpc": {"enabled": True, "host": "a.b"}}, "networkPolicy": {"clients": []}},
+            ["a way in for grpc", "networkPolicy.clients lets nobody call"],
+        ),
+        ({"gcsFaultTolerance": {"enabled": True}}, ["gcsFaultTolerance.enabled needs gcsFaultTolerance.redisAddress"]),
+        ({"gcsFaultTolerance": {"enabled": True, "redisAddress": "redis"}}, ["gcsFaultTolerance", "redisAddress"]),
+        ({"gcsFaultTolerance": {"redisAddress": "redis:6379"}}, ["a Redis is given"]),
+        ({"ports": {"metrics": 8080}}, ["ports.metrics: 8080 is a port of Ray's own"]),
+        ({"monitoring": {"rules": {"enabled": True}}}, ["monitoring.rules.enabled is true, but ports.metrics is 0"]),
+        (
+            {"monitoring": {"serviceMonitor": {"enabled": True}}, "ports": {"metrics": 9101}},
+            ["networkPolicy.scrapers lets nobody scrape"],
+        ),
+        ({"gateway": {"drainSeconds": -1}}, ["gateway", "drainSeconds"]),
     ],
     ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",
 )

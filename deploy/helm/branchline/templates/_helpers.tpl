@@ -62,11 +62,61 @@ ray.io/group: {{ .group }}
 {{- $_ := set $part (eq $role "gateway" | ternary "grpc_port" "port") (index $.Values.ports $role) -}}
 {{- $_ := set $part "num_cpus" $values.cpus -}}
 {{- $_ := set $part "resource" (printf "branchline_%s" $role) -}}
+{{- with $.Values.ports.metrics -}}
+{{- $_ := set $part "metrics_port" . -}}
+{{- end -}}
 {{- if eq $role "gateway" -}}
 {{- $_ := set $part "http_port" (default -1 $.Values.ports.http) -}}
 {{- else -}}
 {{- $_ := set $part "num_gpus" $values.gpus -}}
 {{- end -}}
 {{- end -}}
+{{- with include "branchline.security" . -}}
+{{- $_ := set $config "security" (fromYaml .) -}}
+{{- end -}}
 {{- toYaml $config -}}
+{{- end -}}
+
+{{/* The program's section `security`: files from the mounted Secrets. Empty while nothing of it is used. */}}
+{{- define "branchline.security" -}}
+{{- with .Values.security -}}
+{{- if .outside.enabled }}
+outside:
+  certificate: /etc/branchline/outside/tls.crt
+  key: /etc/branchline/outside/tls.key
+  {{- if .outside.clientCa }}
+  client_ca: /etc/branchline/outside/ca.crt
+  {{- end }}
+{{- end }}
+{{- if .inside.enabled }}
+inside:
+  certificate: /etc/branchline/inside/tls.crt
+  key: /etc/branchline/inside/tls.key
+  ca: /etc/branchline/inside/ca.crt
+  server_name: {{ .inside.serverName }}
+{{- end }}
+{{- if .apiKeys.secret }}
+api_keys: /etc/branchline/api-keys/{{ .apiKeys.key }}
+{{- end }}
+{{- end -}}
+{{- end -}}
+
+{{/* The Secrets that a group's pods mount below /etc/branchline, as YAML: directory to name. Takes (dict "root" $ "group" NAME). */}}
+{{- define "branchline.mountedSecrets" -}}
+{{- $security := .root.Values.security -}}
+{{- if and $security.outside.enabled (eq .group "gateway") }}
+outside: {{ $security.outside.secret }}
+{{- end }}
+{{- if and $security.inside.enabled (ne .group "headgroup") }}
+inside: {{ $security.inside.secret }}
+{{- end }}
+{{- if and $security.apiKeys.secret (eq .group "gateway") }}
+api-keys: {{ $security.apiKeys.secret }}
+{{- end }}
+{{- end -}}
+
+{{/* Whether a role's gRPC port speaks TLS. Takes (dict "root" $ "group" NAME); empty for no. */}}
+{{- define "branchline.tls" -}}
+{{- $part := eq .group "gateway" | ternary .root.Values.security.outside .root.Values.security.inside -}}
+{{- if $part.enabled }}true{{ end -}}
 {{- end -}}

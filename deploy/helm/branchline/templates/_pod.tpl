@@ -59,6 +59,37 @@ httpGet:
 {{- end -}}
 
 {{/*
+The health of a role. The kubelet's gRPC probes speak no TLS: then it sees only that the port is open, which it is once
+the model is loaded, and no longer when the process has gone.
+*/}}
+{{- define "branchline.roleHealth" -}}
+{{- if include "branchline.tls" . -}}
+tcpSocket:
+  port: {{ .port }}
+{{- else -}}
+grpc:
+  port: {{ .port }}
+{{- end -}}
+{{- end -}}
+
+{{/* Before a gateway is stopped. Kubernetes takes it off the Service meanwhile, which needs a few seconds. */}}
+{{- define "branchline.drain" -}}
+preStop:
+  exec:
+    {{- if or .Values.security.outside.enabled .Values.security.apiKeys.secret }}
+    command: [sleep, {{ .Values.gateway.drainSeconds | quote }}]
+    {{- else }}
+    command:
+      - python
+      - -m
+      - gateway.drain
+      - --target=127.0.0.1:{{ .Values.ports.gateway }}
+      - --timeout={{ .Values.gateway.drainSeconds }}
+      - --settle=10
+    {{- end }}
+{{- end -}}
+
+{{/*
 The pod of a Ray node. Takes (dict "root" $ "group" NAME "values" VALUES "port" PORT); a port of 0 is the head's.
 A worker's health over gRPC says whether it is ready; whether it lives is the supervisor's business, which replaces its
 process. So the liveness probe looks at Ray, and only a worker that doesn't come up at all restarts its pod.
@@ -71,7 +102,9 @@ spec:
   serviceAccountName: {{ include "branchline.serviceAccount" $root }}
   automountServiceAccountToken: false
   enableServiceLinks: false
-  terminationGracePeriodSeconds: 30
+  {{- $drain := eq .group "gateway" | ternary $root.Values.gateway.drainSeconds 0 | int }}
+  # Ray has half a minute behind what the preStop hook may take.
+  terminationGracePeriodSeconds: {{ add 30 $drain }}
   securityContext:
     {{- include "branchline.podSecurityContext" $root | nindent 4 }}
   {{- with $root.Values.imagePullSecrets }}
@@ -137,15 +170,17 @@ spec:
         - name: http
           containerPort: {{ $root.Values.ports.http }}
         {{- end }}
+        {{- with $root.Values.ports.metrics }}
+        - name: metrics
+          containerPort: {{ . }}
+        {{- end }}
       startupProbe:
-        grpc:
-          port: {{ .port }}
+        {{- include "branchline.roleHealth" . | nindent 8 }}
         periodSeconds: 10
         timeoutSeconds: 5
         failureThreshold: {{ add 6 (divf $root.Values.config.ray.start_timeout_s 10 | ceil | int) }}
       readinessProbe:
-        grpc:
-          port: {{ .port }}
+        {{- include "branchline.roleHealth" . | nindent 8 }}
         periodSeconds: 5
         timeoutSeconds: 5
         failureThreshold: 3
@@ -166,6 +201,10 @@ spec:
         timeoutSeconds: 5
         failureThreshold: 6
       {{- end }}
+      {{- if $drain }}
+      lifecycle:
+        {{- include "branchline.drain" $root | nindent 8 }}
+      {{- end }}
       livenessProbe:
         {{- include "branchline.rayHealth" $root | nindent 8 }}
         periodSeconds: 10
@@ -178,6 +217,11 @@ spec:
           mountPath: /home/branchline
         - name: models
           mountPath: /models
+        {{- range $directory, $secret := include "branchline.mountedSecrets" . | fromYaml }}
+        - name: {{ $directory }}
+          mountPath: /etc/branchline/{{ $directory }}
+          readOnly: true
+        {{- end }}
   volumes:
     - name: tmp
       emptyDir: {}
@@ -191,4 +235,11 @@ spec:
       emptyDir:
         sizeLimit: {{ $root.Values.modelCache.size }}
       {{- end }}
+    {{- range $directory, $secret := include "branchline.mountedSecrets" . | fromYaml }}
+    - name: {{ $directory }}
+      secret:
+        secretName: {{ $secret }}
+        # Read by the pods' group, and by nobody else.
+        defaultMode: 0440
+    {{- end }}
 {{- end -}}

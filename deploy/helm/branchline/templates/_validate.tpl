@@ -5,8 +5,10 @@
 {{- end -}}
 {{- $ports := .Values.ports -}}
 {{- $names := list "gateway" "prefill" "decode" -}}
-{{- if $ports.http -}}
-{{- $names = append $names "http" -}}
+{{- range $name := list "http" "metrics" -}}
+{{- if index $ports $name -}}
+{{- $names = append $names $name -}}
+{{- end -}}
 {{- end -}}
 {{- range $i, $one := $names -}}
 {{- range $other := slice $names (add1 $i | int) -}}
@@ -38,5 +40,71 @@
 {{- end -}}
 {{- if and .Values.modelCache.existingClaim (not .Values.modelCache.persistent) -}}
 {{- fail "modelCache.existingClaim is given, but modelCache.persistent is false" -}}
+{{- end -}}
+{{- include "branchline.validateSecurity" . -}}
+{{- include "branchline.validateRoutes" . -}}
+{{- range $name, $part := .Values.monitoring -}}
+{{- if and $part.enabled (not $ports.metrics) -}}
+{{- fail (printf "monitoring.%s.enabled is true, but ports.metrics is 0" $name) -}}
+{{- end -}}
+{{- end -}}
+{{- if and .Values.monitoring.serviceMonitor.enabled .Values.networkPolicy.enabled (not .Values.networkPolicy.scrapers) -}}
+{{- fail "monitoring.serviceMonitor.enabled is true, but networkPolicy.scrapers lets nobody scrape: name Prometheus's pods" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "branchline.validateSecurity" -}}
+{{- range $part := list "outside" "inside" -}}
+{{- $values := index $.Values.security $part -}}
+{{- if and $values.enabled (not $values.secret) -}}
+{{- fail (printf "security.%s.enabled needs security.%s.secret: the Secret with the certificate" $part $part) -}}
+{{- end -}}
+{{- if and $values.secret (not $values.enabled) -}}
+{{- fail (printf "security.%s.secret is given, but security.%s.enabled is false: nothing would be encrypted" $part $part) -}}
+{{- end -}}
+{{- end -}}
+{{- if and .Values.security.outside.clientCa (not .Values.security.outside.enabled) -}}
+{{- fail "security.outside.clientCa is true, but security.outside.enabled is false" -}}
+{{- end -}}
+{{- with .Values.gcsFaultTolerance -}}
+{{- if and .enabled (not .redisAddress) -}}
+{{- fail "gcsFaultTolerance.enabled needs gcsFaultTolerance.redisAddress" -}}
+{{- end -}}
+{{- if and (not .enabled) (or .redisAddress .passwordSecret) -}}
+{{- fail "a Redis is given, but gcsFaultTolerance.enabled is false" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "branchline.validateRoutes" -}}
+{{- $routes := .Values.routes -}}
+{{- $ingress := .Values.ingress -}}
+{{- if and (not .Values.ports.http) (or $routes.http.enabled $ingress.http.enabled) -}}
+{{- fail (printf "%s.http.enabled is true, but ports.http is 0" ($routes.http.enabled | ternary "routes" "ingress")) -}}
+{{- end -}}
+{{- range $kind := list "grpc" "http" -}}
+{{- $route := index $routes $kind -}}
+{{- if and $route.enabled (not $route.parentRefs) -}}
+{{- fail (printf "routes.%s.enabled needs routes.%s.parentRefs: which Gateway?" $kind $kind) -}}
+{{- end -}}
+{{- if and (index $ingress $kind "enabled") (not (index $ingress $kind "host")) -}}
+{{- fail (printf "ingress.%s.enabled needs ingress.%s.host" $kind $kind) -}}
+{{- end -}}
+{{- if and (or $route.enabled (index $ingress $kind "enabled")) $.Values.networkPolicy.enabled (not $.Values.networkPolicy.clients) -}}
+{{- fail (printf "there is a way in for %s, but networkPolicy.clients lets nobody call: name the controller's pods" $kind) -}}
+{{- end -}}
+{{- end -}}
+{{- if and $ingress.grpc.enabled $ingress.http.enabled (eq $ingress.grpc.host $ingress.http.host) -}}
+{{- fail (printf "ingress.grpc.host and ingress.http.host are both %s: each needs its own" $ingress.grpc.host) -}}
+{{- end -}}
+{{- if and $routes.grpc.enabled $routes.http.enabled (eq (toJson $routes.grpc.parentRefs) (toJson $routes.http.parentRefs)) -}}
+{{- if or (not $routes.grpc.hostnames) (not $routes.http.hostnames) -}}
+{{- fail "routes.grpc and routes.http share their Gateways: each needs hostnames of its own" -}}
+{{- end -}}
+{{- range $host := $routes.grpc.hostnames -}}
+{{- if has $host $routes.http.hostnames -}}
+{{- fail (printf "routes.grpc and routes.http both have the host name %s on the same Gateways" $host) -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
