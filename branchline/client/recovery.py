@@ -18,6 +18,8 @@ MAX_RETRIES = 100
 #: clients of a gateway that broke don't come back all at once.
 PAUSE_S = 0.2
 LONGEST_PAUSE_S = 5.0
+#: A server that names a longer time is not waited for: the caller should know.
+LONGEST_HINT_S = 10.0
 
 RequestT = TypeVar("RequestT", gateway_pb2.GenerateRequest, gateway_pb2.ChatRequest)
 
@@ -63,7 +65,7 @@ class Recovery(Generic[RequestT]):
         self._tokens = tokens
         hint = error.retry_after
         mends = isinstance(error, UnavailableError) or (isinstance(error, OverloadedError) and hint is not None)
-        mends = mends and not error.final
+        mends = mends and not error.final and (hint or 0.0) <= LONGEST_HINT_S
         longest = min(PAUSE_S * 2.0 ** (self._failures - 1), LONGEST_PAUSE_S)
         pause = max(random.uniform(longest / 2, longest), hint or 0.0)
         if not mends or self._failures > self._retries or pause >= self.timeout_s:

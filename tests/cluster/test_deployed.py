@@ -24,12 +24,9 @@ from monitoring import PROMETHEUS, named, panel_queries, prometheus, rules
 from ray_nodes import Node, ray_head, ray_worker, remove_all
 
 from branchline.client import Client
-from branchline.config import GatewayConfig
 
 pytestmark = pytest.mark.cluster
 
-#: Whether the program serves metrics.
-METRICS = "metrics_port" in GatewayConfig.__dataclass_fields__
 ROLES = ("prefill", "decode", "gateway")
 TOKEN = "a-token-of-at-least-thirty-two-characters"
 
@@ -76,11 +73,10 @@ def launcher(
     """The launcher's container as a process; its configuration and the head's address are where they are here."""
     config, log = directory / "config.yaml", directory / "launcher.log"
     program = yaml.safe_load(objects.config)
-    if metrics:
-        # Each pod has the port to itself; here the roles share a network.
-        assert len({program[role]["metrics_port"] for role in ROLES}) == 1
-        for role in ROLES:
-            program[role]["metrics_port"] = metrics[role]
+    # Each pod has the port to itself; here the roles share a network.
+    assert len({program[role]["metrics_port"] for role in ROLES}) == 1
+    for role in ROLES:
+        program[role]["metrics_port"] = metrics[role]
     config.write_text(yaml.safe_dump(program))
     (container,) = objects.pods["launcher"]["spec"]["containers"]
     there = {"/etc/branchline/config.yaml": str(config), "http://demo-head-svc:8265": head.dashboard}
@@ -128,8 +124,8 @@ def check_queries(targets: list[str], directory: Path) -> None:
 
 def test_what_the_chart_starts_answers() -> None:
     ports = {name: free_port() for name in (*ROLES, "http")}
-    metrics = {role: free_port() for role in ROLES} if METRICS else {}
-    objects = render({"ports": {**ports, "metrics": metrics.get("gateway", 0)}})
+    metrics = {role: free_port() for role in ROLES}
+    objects = render({"ports": {**ports, "metrics": metrics["gateway"]}})
     with nothing_left() as directory:
         try:
             with (
@@ -161,7 +157,7 @@ def test_what_the_chart_starts_answers() -> None:
                     with urllib.request.urlopen(f"http://{node.agent}{path}", timeout=10) as response:
                         assert response.status == 200
 
-                if METRICS and PROMETHEUS:
+                if PROMETHEUS:
                     check_queries([f"{ips[role]}:{metrics[role]}" for role in ROLES], directory)
 
                 process.send_signal(signal.SIGTERM)
