@@ -141,7 +141,7 @@ def test_a_stream_that_waits_can_be_closed() -> None:
         began = time.monotonic()
         with pytest.raises(sdk.UnavailableError):
             list(stream)
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 4.5  # the gateway says to wait for 5
         closing.join()
 
 

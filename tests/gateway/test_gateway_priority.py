@@ -102,7 +102,7 @@ async def test_what_a_reservation_says(tokens: Tokens) -> None:
         assert {reservation.priority for reservation in decode.reservations} == {-7}
         assert (first.wait_ms, second.wait_ms) == (0, 0)  # whoever has room is asked first
         assert third.wait_ms == 1000
-        assert first.queued_ms <= second.queued_ms <= third.queued_ms < 2000
+        assert first.queued_ms <= second.queued_ms <= third.queued_ms < 10_000
 
 
 async def test_no_call_waits_beyond_the_deadline(tokens: Tokens) -> None:

@@ -77,7 +77,7 @@ async def test_a_wait_ends_in_time(workers: Driver, full: list[decode_pb2.Reserv
     with pytest.raises(grpc.aio.AioRpcError, match=r"within 0\.3 s") as error:
         await workers.reserve(new_request(workers), wait_ms=300)
     assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert 0.3 <= time.monotonic() - before < 3.0
+    assert 0.3 <= time.monotonic() - before < 10
     await workers.abort(full[0])
     await queued(workers, 0)
     assert (await workers.status())[1].leases == SLOTS - 1
