@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -26,16 +27,16 @@ class ProcessFailedError(RuntimeError):
 
 
 class Process:
-    """One `python -m ROLE --config FILE`; its standard error goes to a log file."""
+    """One `python -m ROLE --config FILE`; its standard error goes to a log file. `prefix` is put before the command."""
 
-    def __init__(self, role: str, config: Config, directory: Path, name: str) -> None:
+    def __init__(self, role: str, config: Config, directory: Path, name: str, prefix: Sequence[str] = ()) -> None:
         path = directory / f"{name}.yaml"
         path.write_text(yaml.safe_dump(to_mapping(config)))
         self.name = name
         self.log = directory / f"{name}.log"
         with self.log.open("w") as log:
             self.popen = subprocess.Popen(
-                [sys.executable, "-m", role, "--config", str(path)],
+                [*prefix, sys.executable, "-m", role, "--config", str(path)],
                 cwd=REPOSITORY,
                 stdout=subprocess.PIPE,
                 stderr=log,
