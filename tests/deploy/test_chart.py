@@ -43,6 +43,7 @@ SWITCHES: dict[str, Manifest] = {
     "http ingress": {"ingress": {"http": {"enabled": True, "host": "a.b", "tlsSecret": "s"}}},
     "outside": {"security": {"outside": {"enabled": True, "secret": "s", "clientCa": True}}},
     "inside": {"security": {"inside": {"enabled": True, "secret": "s"}}},
+    "certificate": {"security": {"inside": {"enabled": True, "secret": "s", "certManager": {"issuer": "i"}}}},
     "keys": {"security": {"apiKeys": {"secret": "s"}}},
     "metrics": {
         "ports": {"metrics": 9101},

@@ -37,7 +37,11 @@ def test_the_monitor_selects_the_service_and_prometheus_may_come() -> None:
     objects = render(VALUES | {"monitoring": {"serviceMonitor": {"enabled": True, "labels": {"release": "prom"}}}})
     monitor = objects.get("ServiceMonitor")
     assert monitor["metadata"]["labels"]["release"] == "prom"
-    assert monitor["spec"]["endpoints"] == [{"port": "metrics", "path": "/metrics", "interval": "15s"}]
+    assert [endpoint.pop("relabelings")[0]["regex"] for endpoint in monitor["spec"]["endpoints"]] == [
+        "gateway",
+        "prefill|decode",
+    ]
+    assert monitor["spec"]["endpoints"] == [{"port": "metrics", "path": "/metrics", "interval": "15s"}] * 2
     wanted = monitor["spec"]["selector"]["matchLabels"].items()
     selected = [m for m in objects.manifests if m["kind"] == "Service" and wanted <= m["metadata"]["labels"].items()]
     assert selected == [objects.get("Service", "metrics")]
@@ -46,6 +50,22 @@ def test_the_monitor_selects_the_service_and_prometheus_may_come() -> None:
     assert policy["ingress"] == [
         {"from": VALUES["networkPolicy"]["scrapers"], "ports": [{"protocol": "TCP", "port": PORT}]}
     ]
+
+
+def test_the_monitor_speaks_the_tls_of_each_role() -> None:
+    security = {"outside": {"enabled": True, "secret": "public"}, "inside": {"enabled": True, "secret": "mesh"}}
+    monitoring = {"serviceMonitor": {"enabled": True, "gatewayTls": {"serverName": "llm.example.org"}}}
+    gateways, workers = render(VALUES | {"security": security, "monitoring": monitoring}).get("ServiceMonitor")["spec"][
+        "endpoints"
+    ]
+    assert gateways["scheme"] == workers["scheme"] == "https"
+    assert gateways["tlsConfig"] == {"serverName": "llm.example.org"}
+    assert workers["tlsConfig"] == {
+        "ca": {"secret": {"name": "mesh", "key": "ca.crt"}},
+        "cert": {"secret": {"name": "mesh", "key": "tls.crt"}},
+        "keySecret": {"name": "mesh", "key": "tls.key"},
+        "serverName": "branchline",
+    }
 
 
 def test_alerts_are_about_this_release_and_documented() -> None:

@@ -79,3 +79,21 @@ def test_the_kubelet_asks_no_grpc_where_there_is_tls(part: Manifest, roles: tupl
             assert protocols == ([None, "https"] if role in roles else ["kubernetes.io/h2c", "http"])
         else:
             assert protocols == [None if role in roles else "kubernetes.io/h2c"]
+
+
+def test_cert_manager_writes_the_secrets_that_are_mounted() -> None:
+    issuers: dict[str, Manifest] = {
+        "outside": {"issuer": "public-ca", "kind": "ClusterIssuer", "dnsNames": ["llm.example.org"]},
+        "inside": {"issuer": "own-ca"},
+    }
+    parts = {name: {"enabled": True, "secret": name, "certManager": issuer} for name, issuer in issuers.items()}
+    objects = render({"security": parts})
+    assert mounted(objects)["gateway"] == {f"/etc/branchline/{name}": name for name in issuers}
+    outside, inside = (objects.get("Certificate", name)["spec"] for name in issuers)
+    assert outside["secretName"] == "outside"
+    assert outside["issuerRef"] == {"name": "public-ca", "kind": "ClusterIssuer"}
+    assert (outside["dnsNames"], outside["usages"]) == (["llm.example.org"], ["server auth"])
+    assert inside["secretName"] == "inside"
+    assert inside["issuerRef"] == {"name": "own-ca", "kind": "Issuer"}
+    assert (inside["dnsNames"], inside["usages"]) == (["branchline"], ["server auth", "client auth"])
+    assert not secured(OUTSIDE, INSIDE).names("Certificate")

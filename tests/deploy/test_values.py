@@ -60,6 +60,23 @@ NOT_FOR_RAY = {"prefill_workers", "decode_workers", "address"}
         ),
         ({"security": {"outside": {"clientCa": True}}}, ["security.outside.clientCa", "enabled is false"]),
         ({"security": {"apiKey": {"secret": "s"}}}, ["security", "apiKey"]),
+        (
+            {"security": {"inside": {"certManager": {"issuer": "i"}}}},
+            ["security.inside.certManager.issuer is given, but security.inside.enabled is false"],
+        ),
+        (
+            {"security": {"outside": {"enabled": True, "secret": "s", "certManager": {"issuer": "i"}}}},
+            ["needs security.outside.certManager.dnsNames"],
+        ),
+        (
+            {
+                "monitoring": {"serviceMonitor": {"enabled": True}},
+                "ports": {"metrics": 9101},
+                "networkPolicy": {"scrapers": [{"podSelector": {}}]},
+                "security": {"outside": {"enabled": True, "secret": "s"}},
+            },
+            ["with security.outside needs monitoring.serviceMonitor.gatewayTls"],
+        ),
         ({"routes": {"grpc": {"enabled": True}}}, ["routes.grpc.enabled needs routes.grpc.parentRefs"]),
         ({"routes": {"http": {"enabled": True, "timeout": "soon"}}}, ["routes", "http", "timeout"]),
         (

@@ -120,3 +120,46 @@ api-keys: {{ $security.apiKeys.secret }}
 {{- $part := eq .group "gateway" | ternary .root.Values.security.outside .root.Values.security.inside -}}
 {{- if $part.enabled }}true{{ end -}}
 {{- end -}}
+
+{{/* The tlsConfig by which Prometheus asks for metrics; empty for plain text. */}}
+{{- define "branchline.gatewayScrape" -}}
+{{- if .Values.security.outside.enabled -}}
+{{- toYaml .Values.monitoring.serviceMonitor.gatewayTls -}}
+{{- end -}}
+{{- end -}}
+
+{{/* It has the inside's certificate, as every worker has. */}}
+{{- define "branchline.workerScrape" -}}
+{{- with .Values.security.inside -}}
+{{- if .enabled -}}
+ca: {secret: {name: {{ .secret }}, key: ca.crt}}
+cert: {secret: {name: {{ .secret }}, key: tls.crt}}
+keySecret: {name: {{ .secret }}, key: tls.key}
+serverName: {{ .serverName }}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* A certificate that cert-manager makes and renews. Takes (dict "root" $ "part" NAME "dnsNames" LIST "usages" LIST). */}}
+{{- define "branchline.certificate" -}}
+{{- $values := index .root.Values.security .part -}}
+{{- if and $values.enabled $values.certManager.issuer -}}
+apiVersion: cert-manager.io/v1
+kind: Certificate
+metadata:
+  name: {{ include "branchline.name" .root }}-{{ .part }}
+  labels:
+    {{- include "branchline.labels" .root | nindent 4 }}
+spec:
+  secretName: {{ $values.secret }}
+  issuerRef:
+    name: {{ $values.certManager.issuer }}
+    kind: {{ $values.certManager.kind }}
+  dnsNames:
+    {{- toYaml .dnsNames | nindent 4 }}
+  usages:
+    {{- toYaml .usages | nindent 4 }}
+  privateKey:
+    rotationPolicy: Always
+{{- end -}}
+{{- end -}}

@@ -63,6 +63,28 @@
 {{- fail (printf "security.%s.secret is given, but security.%s.enabled is false: nothing would be encrypted" $part $part) -}}
 {{- end -}}
 {{- end -}}
+{{- range $part := list "outside" "inside" -}}
+{{- $values := index $.Values.security $part -}}
+{{- if and $values.certManager.issuer (not $values.enabled) -}}
+{{- fail (printf "security.%s.certManager.issuer is given, but security.%s.enabled is false" $part $part) -}}
+{{- end -}}
+{{- end -}}
+{{- with .Values.security.outside -}}
+{{- if and .certManager.issuer (not .certManager.dnsNames) -}}
+{{- fail "security.outside.certManager.issuer needs security.outside.certManager.dnsNames: which host names?" -}}
+{{- end -}}
+{{- if and .certManager.issuer .clientCa -}}
+{{- fail "security.outside.clientCa wants an authority of clients in the Secret, which certManager writes: make the Secret yourself" -}}
+{{- end -}}
+{{- end -}}
+{{- with .Values.monitoring.serviceMonitor -}}
+{{- if and .enabled $.Values.security.outside.enabled (not .gatewayTls) -}}
+{{- fail "monitoring.serviceMonitor.enabled with security.outside needs monitoring.serviceMonitor.gatewayTls: how Prometheus knows the gateways" -}}
+{{- end -}}
+{{- if and .gatewayTls (not $.Values.security.outside.enabled) -}}
+{{- fail "monitoring.serviceMonitor.gatewayTls is given, but security.outside.enabled is false" -}}
+{{- end -}}
+{{- end -}}
 {{- if and .Values.security.outside.clientCa (not .Values.security.outside.enabled) -}}
 {{- fail "security.outside.clientCa is true, but security.outside.enabled is false" -}}
 {{- end -}}
