@@ -1,4 +1,4 @@
-"""The pool of workers: who is there, who is well, who fits whom, who has the least to do."""
+"""The pool of workers: who is there, who is well, who fits whom."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """`fitting`: pairs that can share KV, best first. `misfit`: why another pair can't, "" when there is none."""
+    """`fitting`: pairs that can share KV, in no order. `misfit`: why another pair can't, "" when there is none."""
 
     fitting: tuple[Pair, ...]
     misfit: str
@@ -121,7 +121,7 @@ class WorkerPool:
         return max(1, min(sizes, default=1))
 
     def pairs(self) -> Pairs:
-        """All pairs of healthy workers with equal fingerprints, the least loaded first."""
+        """All pairs of healthy workers with equal fingerprints."""
         fitting, misfit = [], ""
         for prefill in self._healthy(Role.PREFILL):
             for decode in self._healthy(Role.DECODE):
@@ -132,7 +132,6 @@ class WorkerPool:
                     fitting.append(Pair(prefill, decode))
                 else:
                     misfit = f"{prefill} and {decode} differ in {difference}"
-        fitting.sort(key=lambda pair: (pair.decode.cost, pair.prefill.cost))
         return Pairs(tuple(fitting), misfit)
 
     def suspect(self, *workers: Worker) -> None:
