@@ -148,7 +148,7 @@ def _timed(policy: Policy) -> list[float]:
         finally:
             seconds.append(time.perf_counter() - began)
 
-    policy.order = timed  # type: ignore[method-assign]
+    policy.order = timed  # type: ignore[method-assign, assignment]
     return seconds
 
 

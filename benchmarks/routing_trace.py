@@ -54,7 +54,8 @@ def trace(shape: Shape, conversations_per_s: float, seconds: float, seed: int) -
     draw = random.Random(seed)
     systems = [_tokens(draw, draw.randint(*shape.system_tokens)) for _ in range(shape.systems)]
     weights = list(itertools.accumulate((rank + 1) ** -shape.skew for rank in range(shape.systems)))
-    conversations, at = [], draw.expovariate(conversations_per_s)
+    conversations: list[Conversation] = []
+    at = draw.expovariate(conversations_per_s)
     while at < seconds:
         alone = draw.random() < shape.alone
         turns = 1

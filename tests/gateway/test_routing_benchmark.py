@@ -1,4 +1,4 @@
-"""The routing benchmark, small: every policy runs on one trace, and affinity finds more in the caches than load does."""
+"""The routing benchmark, small: every policy runs on one trace, and affinity finds more in the caches than chance."""
 
 from __future__ import annotations
 
