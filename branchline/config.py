@@ -25,6 +25,7 @@ PROVIDERS = ("vllm", "reference")
 #: Below this many cores the workers of one machine share them all; from here on each gets its own.
 CORES_TO_SHARE_OUT = 4
 DEVICES = ("auto", "cpu", "cuda")
+ROUTINGS = ("least_load", "power_of_two", "prefix_affinity", "session_affinity")
 _ITEMS = {str: "strings", int: "whole numbers", float: "numbers"}
 
 
@@ -157,6 +158,12 @@ class GatewayConfig:
     resource: str = ""
     prefill_workers: tuple[str, ...] = ()
     decode_workers: tuple[str, ...] = ()
+    #: To which workers a request goes: `least_load`, `power_of_two` (the better one of two drawn at random),
+    #: `prefix_affinity` (those that have the beginning of its context, unless they are too busy for that to pay), or
+    #: `session_affinity` (always the same ones for a session).
+    routing: str = "prefix_affinity"
+    #: KV blocks that `prefix_affinity` remembers of a worker at most, about 150 bytes each; fewer where it has fewer.
+    routing_blocks: int = 65536
     #: Deadline of a request that brings none.
     request_timeout_s: float = 600.0
     #: Seconds without a token after which a worker counts as hung and the request moves on.
@@ -180,7 +187,8 @@ class GatewayConfig:
             -1 <= self.http_port <= 65535, f"gateway.http_port: must be between -1 and 65535, got {self.http_port}"
         )
         require_metrics_port("gateway.metrics_port", self.metrics_port)
-        counts = ("replicas", "max_attempts", "max_requests", "max_tokens_limit")
+        _choice("gateway.routing", self.routing, ROUTINGS)
+        counts = ("replicas", "routing_blocks", "max_attempts", "max_requests", "max_tokens_limit")
         for name in (*counts, "max_grpc_calls", "max_http_connections", "max_http_requests"):
             _require(getattr(self, name) >= 1, f"gateway.{name}: must be at least 1, got {getattr(self, name)}")
         for name in ("request_timeout_s", "stall_timeout_s", "worker_wait_s"):

@@ -19,6 +19,7 @@ from gateway.intake import Intake
 from gateway.leases import Leases, Placement
 from gateway.legs import PREFILL, Ended, Legs
 from gateway.outcome import AttemptEndedError, Cause, Completed, Outcome
+from gateway.stay import Stay
 from gateway.worker import Worker
 
 #: Seconds that a decode worker may take to open the streams.
@@ -35,6 +36,7 @@ class Attempt:
         intakes: Sequence[Intake],
         placement: Placement,
         leases: Leases,
+        stay: Stay,
         *,
         stall_timeout_s: float,
         timeout_s: float,
@@ -45,8 +47,10 @@ class Attempt:
         self._prefill = placement.pair.prefill
         self._decode = placement.pair.decode
         self._leases = leases
+        self._stay = stay
         self._stall_timeout_s = stall_timeout_s
         first = intakes[0].sample
+        self._context = first.entry.context
         self._legs = Legs(first.entry.request_id, timeout_s, first.watch.request.metadata)
         #: Samples that want more tokens from this attempt.
         self._live = dict(enumerate(intakes))
@@ -138,6 +142,7 @@ class Attempt:
                 sample = event.first_token.sample
                 if sample >= len(self._intakes):
                     raise AttemptEndedError(f"a first token of sample {sample}, which does not exist", self._prefill)
+                self._stay.computed(event.first_token.cached_tokens)
                 if sample in self._live:
                     completed = await self._intakes[sample].first_token(event.first_token, self._prefill)
                     return self._end(sample, completed) if completed else {}
@@ -177,13 +182,17 @@ class Attempt:
         """The decode worker has everything: from here on nobody depends on the prefill worker or another's lease."""
         if not self._handed_off:
             self._handed_off, self._verdict = True, None
+            self._stay.handed_off(self._context)
             for sample in tuple(self._held.keys() - self._live.keys()):
                 self._give_back(sample)
 
     def _end(self, sample: int, outcome: Outcome) -> dict[int, Outcome]:
         """The sample wants nothing more. Its lease is kept until the hand-off is over: the others' may depend on it."""
-        if self._live.pop(sample, None) is None:
+        intake = self._live.pop(sample, None)
+        if intake is None:
             return {}
+        if self._handed_off and (isinstance(outcome, Completed) or outcome.cause is Cause.PREEMPTED):
+            self._stay.ended(intake.sample.entry.context)
         if isinstance(outcome, Completed):
             self._held[sample] = f"the request is complete: {outcome.reason}"
             if outcome.lease_done:

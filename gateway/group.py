@@ -46,5 +46,6 @@ class Group:
             priority=entry.priority,
             samples=len(self.samples),
             attempt=self._attempts,
+            session=entry.session,
             misfits=self._misfits,
         )

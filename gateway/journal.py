@@ -47,6 +47,8 @@ class JournalEntry:
     logprobs: int | None = None
     draft_nodes: int | None = None
     priority: int = 0
+    #: The client's name for what the request belongs to; for routing only.
+    session: str = ""
     #: When the client asked, on the monotonic clock; what it waits counts from then, over all attempts.
     arrived: float = field(default_factory=time.monotonic)
     #: What the client has, or is about to get; of an earlier stream, too.
@@ -64,6 +66,11 @@ class JournalEntry:
     def queued_ms(self) -> int:
         """Milliseconds since the client asked, as messages to workers carry them."""
         return min(int((time.monotonic() - self.arrived) * 1000), LONGEST_MS)
+
+    @property
+    def context(self) -> tuple[int, ...]:
+        """All tokens so far."""
+        return (*self.prompt, *self.emitted)
 
     def next_request(self) -> Request:
         """What the next attempt is to compute: prompt and emitted tokens apart, since penalties need the border."""

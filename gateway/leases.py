@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grpc
 
@@ -13,6 +13,7 @@ from branchline.v1 import decode_pb2
 from branchline.wire.status import RpcFailure
 from gateway.background import Background
 from gateway.pool import Pair, WorkerPool
+from gateway.routing.policy import Forecast
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ class Placement:
     held_tokens: int = 0
     #: As the decode worker knows it.
     request_id: str = ""
+    #: Of the prefill worker's part.
+    forecast: Forecast = field(default_factory=Forecast)
 
 
 class Leases:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import random
 import time
@@ -18,6 +19,7 @@ from branchline.wire.status import RpcFailure
 from gateway.journal import LONGEST_MS
 from gateway.leases import Leases, Placement
 from gateway.pool import Pair, WorkerPool
+from gateway.routing.policy import Demand, Policy
 from gateway.turns import Turns
 from gateway.worker import Worker
 
@@ -25,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 _FIRST_BACKOFF_S = 0.02
 _LONGEST_BACKOFF_S = 0.5
-#: Seconds that the first in the queue waits in one call for room at the least loaded decode worker; less when there are
+#: Seconds that the first in the queue waits in one call for room at the first decode worker; less when there are
 #: others, since room may come there.
 _WAIT_S = 1.0
 _WAIT_BESIDE_OTHERS_S = 0.25
@@ -52,8 +54,14 @@ class Search:
     priority: int = 0
     samples: int = 1
     attempt: int = 0
+    #: The client's name for its session, "" for none.
+    session: str = ""
     #: Pairs that refused each other, by identity, with the differing field.
     misfits: dict[tuple[str, ...], str] = field(default_factory=dict)
+    demand: Demand = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.demand = Demand(self.request.context, self.session, self.samples)
 
     @property
     def rank(self) -> float:
@@ -68,7 +76,8 @@ class Placer:
     a worker to come back when there is none.
     """
 
-    def __init__(self, pool: WorkerPool, leases: Leases, *, patience_s: float) -> None:
+    def __init__(self, pool: WorkerPool, leases: Leases, policy: Policy, *, patience_s: float) -> None:
+        self._policy = policy
         self._pool = pool
         self._leases = leases
         self._patience_s = patience_s
@@ -101,7 +110,7 @@ class Placer:
                 await turn.mine()
 
     async def _ask_all(self, search: Search) -> Placement | None:
-        """Asks every decode worker once, the least loaded first; None when all are busy or gone for the moment."""
+        """Asks every decode worker once, in the policy's order; None when all are busy or gone for the moment."""
         fitting = self._fitting(search)
         asked: set[Worker] = set()
         for pair in fitting:
@@ -114,7 +123,7 @@ class Placer:
         return None
 
     async def _queue_up(self, search: Search) -> Placement | None:
-        """Waits at the least loaded decode worker, where the requests of other gateways wait by the same ranks."""
+        """Waits at the policy's first decode worker, where the requests of other gateways wait by the same ranks."""
         fitting = self._fitting(search)
         if not fitting:
             return None
@@ -128,7 +137,8 @@ class Placer:
         fitting = [pair for pair in pairs.fitting if pair.identity not in search.misfits]
         if not fitting:
             self._explain(next(iter(search.misfits.values()), pairs.misfit))
-        return fitting
+            return []
+        return self._policy.order(fitting, search.demand)
 
     async def _reserve(self, pair: Pair, search: Search, *, wait_s: float) -> Placement | None:
         assert pair.prefill.status
@@ -147,10 +157,12 @@ class Placer:
         )
         try:
             with self._pool.using(pair, search.samples):
-                return await self._leases.reserve(pair, request)
+                placement = await self._leases.reserve(pair, request)
         except RpcFailure as error:
             self._note_refusal(pair, search, error)
             return None
+        forecast = self._policy.placed(pair, search.demand, placement.held_tokens)
+        return dataclasses.replace(placement, forecast=forecast)
 
     def _note_refusal(self, pair: Pair, search: Search, error: RpcFailure) -> None:
         match error.code:

@@ -1,4 +1,4 @@
-"""The pool of workers: who is there, who is well, who fits whom, who has the least to do."""
+"""The pool of workers: who is there, who is well, who fits whom."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import grpc
 
 from branchline.core import InvalidRequestError
 from branchline.wire.status import RpcFailure
-from branchline.wire.tls import ChannelTls
 from gateway.background import Background
 from gateway.worker import Role, Worker
 
@@ -23,6 +22,8 @@ POLL_INTERVAL_S = 1.0
 POLL_TIMEOUT_S = 2.0
 #: Seconds that others are preferred to a worker that failed.
 AVOID_S = 10.0
+Connect = Callable[[Role, str], Worker]
+
 #: Polls that may time out before a worker counts as gone: one that computes hard may answer late.
 _LATE_POLLS = 2
 
@@ -47,7 +48,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """`fitting`: pairs that can share KV, best first. `misfit`: why another pair can't, "" when there is none."""
+    """`fitting`: pairs that can share KV, in no order. `misfit`: why another pair can't, "" when there is none."""
 
     fitting: tuple[Pair, ...]
     misfit: str
@@ -64,9 +65,9 @@ class _Watch:
 class WorkerPool:
     """Polls every worker once a second. Belongs to one event loop; `update` alone may be called from any thread."""
 
-    def __init__(self, tls: ChannelTls | None = None) -> None:
-        """`tls`: of the connections to workers; None for plain text."""
-        self._tls = tls
+    def __init__(self, connect: Connect = Worker) -> None:
+        """`connect` makes a worker of a role and an address."""
+        self._connect = connect
         self._loop = asyncio.get_running_loop()
         self._workers: dict[tuple[Role, str], Worker] = {}
         self._watches: dict[Worker, _Watch] = {}
@@ -121,7 +122,7 @@ class WorkerPool:
         return max(1, min(sizes, default=1))
 
     def pairs(self) -> Pairs:
-        """All pairs of healthy workers with equal fingerprints, the least loaded first."""
+        """All pairs of healthy workers with equal fingerprints."""
         fitting, misfit = [], ""
         for prefill in self._healthy(Role.PREFILL):
             for decode in self._healthy(Role.DECODE):
@@ -132,7 +133,6 @@ class WorkerPool:
                     fitting.append(Pair(prefill, decode))
                 else:
                     misfit = f"{prefill} and {decode} differ in {difference}"
-        fitting.sort(key=lambda pair: (pair.decode.cost, pair.prefill.cost))
         return Pairs(tuple(fitting), misfit)
 
     def suspect(self, *workers: Worker) -> None:
@@ -177,7 +177,7 @@ class WorkerPool:
             self._watches.pop(worker).task.cancel()
         for role, address in wanted:
             if (role, address) not in self._workers:
-                worker = Worker(role, address, self._tls)
+                worker = self._connect(role, address)
                 self._workers[role, address] = worker
                 poke = asyncio.Event()
                 task = self._background.spawn(self._watch(worker, poke), f"watch {worker}")

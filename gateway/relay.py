@@ -22,6 +22,7 @@ from gateway.leases import Placement
 from gateway.outcome import AttemptEndedError, Cause, Completed, Outcome
 from gateway.placement import NoRoomTogetherError, backoff
 from gateway.sample import Sample
+from gateway.stay import Stay
 
 logger = logging.getLogger(__name__)
 
@@ -111,15 +112,16 @@ class Relay:
         intakes = [Intake(sample, AttemptRecord(pair.prefill.address, pair.decode.address)) for sample in group.samples]
         for intake in intakes:
             intake.sample.entry.attempts.append(intake.record)
-        attempt = Attempt(
-            intakes,
-            placement,
-            self._backend.leases,
-            stall_timeout_s=self._backend.config.stall_timeout_s,
-            timeout_s=self._until - time.monotonic() + LEG_MARGIN_S,
-        )
         again = None
-        with self._backend.pool.using(pair, len(intakes)):
+        with Stay(placement, self._backend.policy) as stay:
+            attempt = Attempt(
+                intakes,
+                placement,
+                self._backend.leases,
+                stay,
+                stall_timeout_s=self._backend.config.stall_timeout_s,
+                timeout_s=self._until - time.monotonic() + LEG_MARGIN_S,
+            )
             async with contextlib.aclosing(attempt.outcomes()) as outcomes:
                 async for ended in outcomes:
                     for number, outcome in ended.items():

@@ -77,7 +77,7 @@ async def _serve(
     _warn_of_openness(config)
     tokens = await asyncio.to_thread(_load_tokens, config.model.model, progress)
     parsers = await asyncio.to_thread(_load_parsers, settings, tokens, progress)
-    backend = Backend(settings, inside)
+    backend = Backend(settings, inside, block_size=config.engine.block_size)
     desk = Desk.make(backend, tokens, config.model.model, parsers, keyring, tracer)
     server = RpcServer(settings.host, settings.grpc_port, credentials, settings.max_grpc_calls)
     GatewayService(desk).add_to(server)

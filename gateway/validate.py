@@ -23,6 +23,7 @@ from gateway.tokens import Tokens
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_OWN_STOP_TOKEN_IDS = 4
+MAX_SESSION_CHARS = 1024
 #: More than any tree has; so that the number fits the workers' messages.
 MAX_DRAFT_NODES = 1 << 20
 
@@ -50,6 +51,8 @@ async def resolve(
         check_range("draft_nodes", request.draft_nodes, 0, MAX_DRAFT_NODES) if request.HasField("draft_nodes") else None
     )
     priority = check_range("priority", request.priority, -MAX_PRIORITY, MAX_PRIORITY)
+    if len(request.session) > MAX_SESSION_CHARS:
+        raise InvalidRequestError(f"session: at most {MAX_SESSION_CHARS} characters, got {len(request.session)}")
     received = received_samples(request, samples, tokens.vocab_size)
     if request.HasField("max_tokens"):
         _check_max_tokens(request.max_tokens, limits)
@@ -70,6 +73,7 @@ async def resolve(
             logprobs=logprobs,
             draft_nodes=draft_nodes,
             priority=priority,
+            session=request.session,
             arrived=arrived,
             emitted=list(received[index].token_ids),
             settled=received[index].finished,

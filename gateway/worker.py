@@ -47,8 +47,10 @@ class WorkerStatus:
 class Worker:
     """`status` is the last answer to GetStatus; the worker is `healthy` while the last one was good.
 
-    `in_flight` counts this gateway's own requests on it. Calls that fail raise RpcFailure with the worker's status,
-    or CANCELLED when the worker was dropped from the pool meanwhile; cancelling the caller cancels the call.
+    `in_flight` counts this gateway's own requests on it, `waiting_tokens` those tokens of their contexts that a prefill
+    worker has yet to compute, as far as is known here, and `others` the requests of other gateways. Calls that fail
+    raise RpcFailure with the worker's status, or CANCELLED when the worker was dropped from the pool meanwhile;
+    cancelling the caller cancels the call.
     """
 
     def __init__(self, role: Role, address: str, tls: ChannelTls | None = None) -> None:
@@ -57,7 +59,8 @@ class Worker:
         self.status: WorkerStatus | None = None
         self.healthy = False
         self.in_flight = 0
-        self._others = 0
+        self.waiting_tokens = 0
+        self.others = 0
         self._avoid_until = 0.0
         self._progress_at = -math.inf
         self._channel = open_channel(address, tls=tls)
@@ -119,7 +122,7 @@ class Worker:
             self._progress_at = time.monotonic()
         self.status = status
         self.healthy = True
-        self._others = max(0, status.requests - self.in_flight)
+        self.others = max(0, status.requests - self.in_flight)
 
     def avoid(self, seconds: float) -> None:
         """Prefer others for a while."""
@@ -130,12 +133,14 @@ class Worker:
         return time.monotonic() - self._progress_at <= seconds
 
     @property
-    def cost(self) -> tuple[bool, int]:
-        """Workers with the least are asked first: those that did not fail lately, then those with the least load.
+    def avoided(self) -> bool:
+        """It failed lately."""
+        return time.monotonic() < self._avoid_until
 
-        The load is exact for this gateway's own requests and up to a poll old for those of others.
-        """
-        return time.monotonic() < self._avoid_until, self.in_flight + self._others
+    @property
+    def load(self) -> int:
+        """Requests on it: exact for this gateway's own, up to a poll old for those of others."""
+        return self.in_flight + self.others
 
 
 def _failure(error: BaseException) -> RpcFailure:

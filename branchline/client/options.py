@@ -66,6 +66,9 @@ class SamplingOptions(TypedDict, total=False):
     draft_nodes: int | None
     #: From -100 to 100, higher first; default 0. One level is worth ten seconds of waiting.
     priority: int | None
+    #: A name for what the request belongs to, a conversation or a user: its requests go to the same workers where the
+    #: gateway routes by sessions. At most 1,024 characters.
+    session: str | None
 
 
 class GenerateOptions(SamplingOptions, total=False):
@@ -122,6 +125,7 @@ def sampling_request(
     n: int | None = None,
     draft_nodes: int | None = None,
     priority: int | None = None,
+    session: str | None = None,
 ) -> gateway_pb2.GenerateRequest:
     """Without an input. Raises InvalidRequestError, naming the option, for a value that the message cannot carry."""
     if not isinstance(ignore_eos, bool):
@@ -146,6 +150,7 @@ def sampling_request(
         n=_count("n", n),
         draft_nodes=_count("draft_nodes", draft_nodes),
         priority=_count("priority", priority),
+        session=None if session is None else text_value("session", session),
     )
 
 

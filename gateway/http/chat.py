@@ -21,7 +21,7 @@ from gateway.http.exchange import Exchange
 from gateway.http.finish import Reason, finish_reason
 from gateway.http.logprobs import chat_logprobs
 from gateway.http.messages import chat_request
-from gateway.http.options import check_model
+from gateway.http.options import check_model, session_name
 from gateway.http.schemas import ChatRequest
 from gateway.http.usage import UsageSum
 from gateway.tokens import Tokens
@@ -44,7 +44,9 @@ class ChatEndpoint:
             exchange.request_id = request_id
             answer.usage = UsageSum([len(prompt)])
 
-        await self._desk.chats.run(guest, chat_request(body), answer.take, started=started, whole=not body.stream)
+        request = chat_request(body)
+        request.options.session = session_name(exchange.headers, body)
+        await self._desk.chats.run(guest, request, answer.take, started=started, whole=not body.stream)
         await answer.end()
 
 

@@ -18,7 +18,7 @@ from gateway.http.build import OMIT, as_json, build
 from gateway.http.exchange import Exchange
 from gateway.http.finish import finish_reason
 from gateway.http.logprobs import TextLogprobs, joined
-from gateway.http.options import check_model, generate_request
+from gateway.http.options import check_model, generate_request, session_name
 from gateway.http.schemas import CompletionRequest
 from gateway.http.usage import UsageSum
 
@@ -36,7 +36,8 @@ class CompletionEndpoint:
         """Raises HttpError, RpcFailure or InvalidRequestError."""
         model = check_model(body.model, self._desk.info)
         prompts = body.prompts
-        asks = [Ask(_request(body, prompt)) for prompt in prompts]
+        session_id = session_name(exchange.headers, body)
+        asks = [Ask(_request(body, prompt, session_id)) for prompt in prompts]
         async with self._desk.generator.open(guest, len(asks)) as session:
             exchange.request_id = session.request_id
             ids = await session.read(asks)
@@ -49,9 +50,10 @@ class CompletionEndpoint:
         return prompt if isinstance(prompt, str) else self._desk.tokens.decode(list(ids))
 
 
-def _request(body: CompletionRequest, prompt: str | list[int]) -> gateway_pb2.GenerateRequest:
+def _request(body: CompletionRequest, prompt: str | list[int], session: str) -> gateway_pb2.GenerateRequest:
     max_tokens = MAX_TOKENS if body.max_tokens is None else body.max_tokens
     request = generate_request(body, max_tokens, body.logprobs)
+    request.session = session
     if isinstance(prompt, str):
         request.prompt = prompt
     else:

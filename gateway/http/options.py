@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from branchline.core import InvalidRequestError
 from branchline.v1 import gateway_pb2, types_pb2
 from gateway.http.errors import HttpError
 from gateway.http.schemas import Sampling
 from gateway.info import Info
+from gateway.validate import MAX_SESSION_CHARS
 
 #: OpenAI's default, where the gateway's own is greedy.
 TEMPERATURE = 1.0
+SESSION_HEADER = "x-session-id"
 
 
 def check_model(name: str, info: Info) -> str:
@@ -17,6 +21,13 @@ def check_model(name: str, info: Info) -> str:
     if name not in info.models:
         raise HttpError(404, f"The model '{name}' does not exist.", "model", "model_not_found")
     return name
+
+
+def session_name(headers: Mapping[str, str], body: Sampling) -> str:
+    """What the request belongs to, for routing only: as the client names it in a header, else as OpenAI's clients do.
+    "" for none."""
+    name = headers.get(SESSION_HEADER) or body.prompt_cache_key or body.user or ""
+    return name[:MAX_SESSION_CHARS]  # nothing that OpenAI takes is refused for it
 
 
 def generate_request(body: Sampling, max_tokens: int | None, logprobs: int | None) -> gateway_pb2.GenerateRequest:

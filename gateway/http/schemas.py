@@ -29,7 +29,9 @@ class StreamOptions(Strict):
 
 
 class _Ignored(Strict):
-    """For accounting, storage and routing at OpenAI: nothing of it changes an answer."""
+    """For accounting, storage and routing at OpenAI: nothing of it changes an answer. `prompt_cache_key`, else `user`,
+    names the session here, for routing.
+    """
 
     user: str | None = None
     metadata: dict[str, str] | None = None

@@ -40,12 +40,13 @@ def test_every_option_is_sent() -> None:
         n=0,
         draft_nodes=0,
         priority=-500,
+        session="mine",
     )
     assert [(message.role, message.content) for message in request.chat.messages] == [("user", "Hi")]
     assert {field.name for field, _ in request.ListFields()} == {
         *("chat", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "ignore_eos", "stop_token_ids"),
         *("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "bad_words"),
-        *("min_tokens", "logprobs", "n", "draft_nodes", "priority"),
+        *("min_tokens", "logprobs", "n", "draft_nodes", "priority", "session"),
     }
     assert request.max_tokens == -1
     assert math.isnan(request.top_p)
@@ -124,6 +125,7 @@ def test_numpy_integers_are_integers() -> None:
         ({"prompt": "", "n": 2.0}, "n: must be an integer, got 2.0"),
         ({"prompt": "", "draft_nodes": "none"}, "draft_nodes: must be an integer, got 'none'"),
         ({"prompt": "", "priority": 2**63}, "priority: must be between"),
+        ({"prompt": "", "session": 5}, "session: must be a string"),
     ],
 )
 def test_a_wrong_type_or_shape_is_refused_by_name(options: dict[str, Any], message: str) -> None:

@@ -58,7 +58,7 @@ class House:
     target: str
 
     def call(self, max_tokens: int = 8, timeout: float | None = 20, **options: Any) -> Any:
-        if "prompt" not in options:
+        if not options.keys() & {"prompt", "token_ids"}:
             options["token_ids"] = gateway_pb2.TokenIds(ids=PROMPT)
         return self.stub.Generate(gateway_pb2.GenerateRequest(max_tokens=max_tokens, **options), timeout=timeout)
 
