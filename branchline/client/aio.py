@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -14,11 +13,8 @@ import grpc
 from branchline.client import transport
 from branchline.client.chat import ChatChunk, ChatCollector, ChatCompletion, ChatOptions, chat_request
 from branchline.client.collect import Collector
-from branchline.client.errors import (
-    BranchlineError,
-    DeadlineExceededError,
-    UnavailableError,
-)
+from branchline.client.connections import Connections
+from branchline.client.errors import DeadlineExceededError, UnavailableError
 from branchline.client.options import DEFAULT_TIMEOUT_S, GenerateOptions, deadline, generate_request
 from branchline.client.recovery import DEFAULT_RETRIES, Recovery, check_retries
 from branchline.client.results import (
@@ -32,9 +28,9 @@ from branchline.client.results import (
     server_info,
 )
 from branchline.client.streams import AsyncStream, aio_mapped_errors
-from branchline.client.tls import Keyed, Tls, check_key
+from branchline.client.tls import Tls
 from branchline.client.values import ids_value, text_value
-from branchline.v1 import gateway_pb2, gateway_pb2_grpc
+from branchline.v1 import gateway_pb2
 
 
 class AsyncClient:
@@ -62,13 +58,8 @@ class AsyncClient:
         tls: Tls | None = None,
     ) -> None:
         self.target = target
-        self._gateways = transport.Gateways(target)
         self._timeout_s, self._retries = deadline(timeout), check_retries(retries)
-        self._api_key, self._tls = check_key(api_key), tls
-        self._credentials = tls.credentials() if tls else None
-        # Made by the first calls, on the loop that runs then.
-        self._connections: dict[str, _Connection] = {}
-        self._closed = False
+        self._connections = Connections(target, grpc.aio, aio_mapped_errors, api_key=api_key, tls=tls)
 
     async def __aenter__(self) -> Self:
         return self
@@ -80,9 +71,8 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Cancels what still runs and disconnects. Idempotent."""
-        self._closed = True
-        for connection in self._connections.values():
-            await connection.channel.close()
+        for channel in self._connections.close():
+            await channel.close()
 
     async def complete(
         self, *, timeout: float | None = None, traceparent: str | None = None, **options: Unpack[GenerateOptions]
@@ -101,7 +91,7 @@ class AsyncClient:
         request, metadata = generate_request(**options), transport.trace_metadata(traceparent)
         collector = Collector(max(1, request.n))
         recovery = Recovery(request, collector.received, retries=self._retries, timeout_s=timeout_s)
-        start = functools.partial(self._start, "Generate", recovery, metadata)
+        start = functools.partial(self._connections.start, "Generate", recovery, metadata)
         return AsyncStream(start, recovery, collector)
 
     async def complete_chat(
@@ -121,7 +111,7 @@ class AsyncClient:
         request, metadata = chat_request(**options), transport.trace_metadata(traceparent)
         collector = ChatCollector(max(1, request.options.n))
         recovery = Recovery(request, collector.received, retries=self._retries, timeout_s=timeout_s)
-        start = functools.partial(self._start, "Chat", recovery, metadata)
+        start = functools.partial(self._connections.start, "Chat", recovery, metadata)
         return AsyncStream(start, recovery, collector)
 
     async def tokenize(
@@ -134,7 +124,7 @@ class AsyncClient:
     ) -> tuple[int, ...]:
         """The token ids of a prompt, or of a chat with the model's template applied."""
         request = transport.tokenize_request(prompt, messages, tools)
-        with self._gateway() as gateway:
+        with self._connections.asking() as gateway:
             return tuple((await gateway.stub.Tokenize(request, timeout=deadline(timeout))).token_ids)
 
     async def detokenize(
@@ -143,18 +133,18 @@ class AsyncClient:
         """The text of token ids; with `special_tokens` shown by their names."""
         ids = ids_value("token_ids", token_ids)
         request = gateway_pb2.DetokenizeRequest(token_ids=ids, special_tokens=special_tokens)
-        with self._gateway() as gateway:
+        with self._connections.asking() as gateway:
             text: str = (await gateway.stub.Detokenize(request, timeout=deadline(timeout))).text
             return text
 
     async def models(self, *, timeout: float = transport.CALL_TIMEOUT_S) -> tuple[Model, ...]:
         """The models that are served."""
-        with self._gateway() as gateway:
+        with self._connections.asking() as gateway:
             return models(await gateway.stub.ListModels(gateway_pb2.ListModelsRequest(), timeout=deadline(timeout)))
 
     async def status(self, *, timeout: float = transport.CALL_TIMEOUT_S) -> GatewayStatus:
         """The requests that the gateway is serving now, by whichever interface they came."""
-        with self._gateway() as gateway:
+        with self._connections.asking() as gateway:
             return gateway_status(
                 await gateway.stub.GetStatus(gateway_pb2.GetStatusRequest(), timeout=deadline(timeout))
             )
@@ -166,18 +156,18 @@ class AsyncClient:
         request = gateway_pb2.GatewayServiceAbortRequest(
             request_id=text_value("request_id", request_id), reason=text_value("reason", reason)
         )
-        with self._gateway() as gateway:
+        with self._connections.asking() as gateway:
             await gateway.stub.Abort(request, timeout=deadline(timeout))
 
     async def info(self, *, timeout: float = 10.0) -> ServerInfo:
         """What is being served, and the load now."""
-        with self._gateway() as gateway:
+        with self._connections.asking() as gateway:
             return server_info(await gateway.stub.GetInfo(gateway_pb2.GetInfoRequest(), timeout=deadline(timeout)))
 
     async def health(self, *, timeout: float = transport.HEALTH_TIMEOUT_S) -> bool:
         """Whether the gateway can serve; False also when nobody answers within `timeout` seconds."""
         try:
-            with self._gateway() as gateway:
+            with self._connections.asking() as gateway:
                 answer: bytes = await gateway.check_health(transport.HEALTH_REQUEST, timeout=deadline(timeout))
         except (UnavailableError, DeadlineExceededError):
             return False
@@ -188,46 +178,3 @@ class AsyncClient:
         wait = transport.ReadyWait(self.target, deadline(timeout))
         while not await self.health(timeout=wait.next_timeout_s()):
             await asyncio.sleep(transport.POLL_S)
-
-    @contextlib.contextmanager
-    def _gateway(self) -> Iterator[_Connection]:
-        """The one to ask now."""
-        connection = self._connection()
-        try:
-            with aio_mapped_errors(connection.target):
-                yield connection
-        except UnavailableError:
-            self._gateways.leave(connection.target)
-            raise
-
-    def _start(
-        self, method: str, recovery: Recovery[Any], metadata: transport.Metadata, failed: str | None
-    ) -> tuple[Any, str]:
-        """A call of the stub's method, and to whom; `failed` is who had it before and is not available any more."""
-        if failed is not None:
-            self._gateways.leave(failed)
-        connection = self._connection()
-        call = getattr(connection.stub, method)
-        return call(recovery.request(), timeout=recovery.timeout_s, metadata=metadata), connection.target
-
-    def _connection(self) -> _Connection:
-        if self._closed:
-            raise BranchlineError("the client is closed", "CANCELLED")
-        target = self._gateways.current
-        if target not in self._connections:
-            self._connections[target] = _Connection(target, self._api_key, self._tls, self._credentials)
-        return self._connections[target]
-
-
-class _Connection:
-    """To one gateway."""
-
-    def __init__(self, target: str, key: str | None, tls: Tls | None, credentials: Any) -> None:
-        self.target = target
-        options = transport.channel_options(target)
-        if tls is None:
-            self.channel: Any = grpc.aio.insecure_channel(target, options=options)
-        else:
-            self.channel = grpc.aio.secure_channel(target, credentials, options=[*options, *tls.options])
-        self.stub: Any = gateway_pb2_grpc.GatewayServiceStub(Keyed(self.channel, key) if key else self.channel)
-        self.check_health: Any = self.channel.unary_unary(transport.HEALTH_METHOD)

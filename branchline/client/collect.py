@@ -27,6 +27,14 @@ class Collects(Protocol[ChunkT, ResultT]):
     def finish(self) -> None: ...
 
 
+def whole(collector: Collects[ChunkT, ResultT]) -> ResultT:
+    """All of a stream. Raises RuntimeError before it has ended."""
+    result = collector.result
+    if result is None:
+        raise RuntimeError("the stream has not come to its end")
+    return result
+
+
 _FINISH_REASONS = {
     types_pb2.FINISH_REASON_STOP: FinishReason.STOP,
     types_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,

@@ -12,7 +12,7 @@ from typing import Any, Generic, Self
 import grpc
 
 from branchline.client import transport
-from branchline.client.collect import ChunkT, Collects, ResultT
+from branchline.client.collect import ChunkT, Collects, ResultT, whole
 from branchline.client.errors import (
     BranchlineError,
     CancelledError,
@@ -69,10 +69,7 @@ class Stream(Generic[ChunkT, ResultT]):
     @property
     def result(self) -> ResultT:
         """All of it together. Raises RuntimeError before the stream has ended."""
-        result = self._collector.result
-        if result is None:
-            raise RuntimeError("the stream has not come to its end")
-        return result
+        return whole(self._collector)
 
     def request_id(self) -> str:
         """What `abort` and `status` call it. Waits until the gateway has read the request."""
@@ -147,10 +144,7 @@ class AsyncStream(Generic[ChunkT, ResultT]):
     @property
     def result(self) -> ResultT:
         """All of it together. Raises RuntimeError before the stream has ended."""
-        result = self._collector.result
-        if result is None:
-            raise RuntimeError("the stream has not come to its end")
-        return result
+        return whole(self._collector)
 
     async def request_id(self) -> str:
         """What `abort` and `status` call it. Waits until the gateway has read the request."""

@@ -1,27 +1,39 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Iterator
 
 import pytest
-from client_servicer import ScriptedGateway, ServerThread
+
+from branchline.client import SpeculationStats
+from branchline.client.testing import Answer, FakeServer, Fault, Pause, Reply, Request
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[ServerThread]:
-    with ServerThread().running() as server:
-        yield server
+def script(request: Request) -> Answer:
+    """Each sample echoes the prompt, sample 1 with the next character of the alphabet, and so on. "!wait" stays behind
+    that, "!CODE NAME" fails.
+    """
+    if request.prompt.startswith("!CODE "):
+        return Fault(request.prompt.removeprefix("!CODE "))
+    samples = range(max(1, request.options.n))
+    if request.prompt == "!wait":
+        return Reply([*"wait", Pause(60)])
+    return [
+        Reply(
+            "".join(chr(ord(character) + sample) for character in request.prompt),
+            cached_tokens=5,
+            speculation=SpeculationStats(target_forwards=4, drafted=20, accepted=6),
+            failovers=1,
+            preemptions=2,
+        )
+        for sample in samples
+    ]
 
 
 @pytest.fixture
-def gateway(server: ServerThread) -> Iterator[ScriptedGateway]:
-    """Fresh counters; afterwards no call may be left, and cancellations must all have been expected."""
-    server.gateway.requests.clear()
-    yield server.gateway
-    end = time.monotonic() + 5
-    while server.gateway.running and time.monotonic() < end:
+def server() -> Iterator[FakeServer]:
+    """In the end no call may be left: what waits must have been cancelled."""
+    with FakeServer(script) as server:
+        yield server
         gc.collect()  # a stream that was dropped unfinished is cancelled when it is collected
-        time.sleep(0.01)
-    assert server.gateway.running == 0
-    assert not server.gateway.cancelled.acquire(blocking=False)
+        server.wait_idle()

@@ -8,16 +8,15 @@ import sys
 import time
 from pathlib import Path
 
-from client_servicer import ServerThread
-
 from branchline.client import AsyncClient, Client
+from branchline.client.testing import FakeServer
 
 HEAVY = ("torch", "vllm", "ray", "transformers", "numpy", "yaml", "branchline.wire", "branchline.engine")
 
 
 def test_the_import_is_quick_and_brings_nothing_heavy() -> None:
     code = (
-        "import sys, time; start = time.perf_counter(); import branchline.client; "
+        "import sys, time; start = time.perf_counter(); import branchline.client.testing; "
         f"print(time.perf_counter() - start, *[name for name in {HEAVY} if name in sys.modules])"
     )
     seconds = []
@@ -28,7 +27,7 @@ def test_the_import_is_quick_and_brings_nothing_heavy() -> None:
         seconds.append(float(took))
         if min(seconds) < 0.3:
             return
-    raise AssertionError(f"importing branchline.client takes {min(seconds):.2f} s")
+    raise AssertionError(f"importing branchline.client.testing takes {min(seconds):.2f} s")
 
 
 def open_sockets() -> int:
@@ -37,9 +36,11 @@ def open_sockets() -> int:
     return sum(link.startswith("socket:") for link in links)
 
 
-async def test_closed_clients_leave_no_connection(server: ServerThread) -> None:
+async def test_closed_clients_leave_no_connection(server: FakeServer) -> None:
     with Client(server.target) as client:
         client.complete(prompt="warm")
+    async with AsyncClient(server.target) as aio:
+        await aio.complete(prompt="warm")
     before = open_sockets()
     for _ in range(5):
         with Client(server.target) as client:

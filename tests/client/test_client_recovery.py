@@ -6,60 +6,42 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-import grpc
 import pytest
-from client_servicer import ScriptedGateway, ServerThread
 
 import branchline.client as sdk
 from branchline.client import recovery
-from branchline.v1 import gateway_pb2
-from branchline.wire.status import RpcFailure
+from branchline.client.testing import Answer, Break, FakeServer, Fault, Reply, Request
 
-pytestmark = [pytest.mark.wire, pytest.mark.timeout(60)]
+pytestmark = pytest.mark.timeout(60)
 
 TEXT = "forty-two, and not a word less"
 OPTIONS = {"prompt": TEXT, "n": 2, "temperature": 0.5}
 
 
-class Failing(ScriptedGateway):
-    """Echoes the prompt behind what the client has, and fails after `lengths` more responses, call by call."""
+def script(request: Request) -> Answer:
+    """Echoes the prompt; the second sample with the next character of the alphabet."""
+    return [Reply(request.prompt), Reply("".join(chr(ord(character) + 1) for character in request.prompt))]
 
-    def __init__(self, lengths: Sequence[int], failure: RpcFailure) -> None:
-        super().__init__()
-        self._lengths = list(lengths)
-        self._failure = failure
 
-    async def Generate(self, request, context):  # noqa: N802
-        left = self._lengths.pop(0) if self._lengths else None
-        received = request.received or [gateway_pb2.ReceivedSample()] * request.n
-        stream = super().Generate(request, context)
-        seen = [0] * request.n
-        async with contextlib.aclosing(stream):
-            async for response in stream:
-                seen[response.sample] += len(response.token_ids)
-                had = received[response.sample]
-                if had.finished or (response.token_ids and seen[response.sample] <= len(had.token_ids)):
-                    continue
-                if left == 0:
-                    raise self._failure
-                yield response
-                left = None if left is None else left - 1
+def failing(*lengths: int, after_s: float | None = 0.0, code: str = "UNAVAILABLE") -> list[Fault]:
+    """Call by call, after so many more responses."""
+    return [Fault(code, "scripted", retry_after=after_s, after=length) for length in lengths]
 
 
 @contextlib.contextmanager
-def serving(*gateways: ScriptedGateway) -> Iterator[list[ServerThread]]:
+def serving(*faults: list[Fault | Break]) -> Iterator[list[FakeServer]]:
+    """A gateway for each list of faults."""
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(ServerThread(gateway).running()) for gateway in gateways]
-
-
-def failing(*lengths: int, after_s: float | None = 0.0, code: str = "UNAVAILABLE") -> Failing:
-    return Failing(lengths, RpcFailure(grpc.StatusCode[code], "scripted", retry_after_s=after_s))
+        servers = [stack.enter_context(FakeServer(script)) for _ in faults]
+        for server, each in zip(servers, faults, strict=True):
+            server.faults.extend(each)
+        yield servers
 
 
 def check(result: sdk.Completion) -> None:
-    assert [sample.text for sample in result.samples] == [TEXT + ".", "".join(chr(ord(c) + 1) for c in TEXT) + "."]
+    assert [sample.text for sample in result.samples] == [TEXT, "".join(chr(ord(c) + 1) for c in TEXT)]
     assert [len(sample.token_ids) for sample in result.samples] == [len(TEXT)] * 2
 
 
@@ -69,13 +51,19 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_goes_on_as_often_as_it_must() -> None:
-    gateway = failing(5, 1, 0, 7, 46, 1)
-    with serving(gateway) as [server], sdk.Client(server.target) as client:
+    with serving(failing(5, 1, 0, 7, 46, 1)) as [server], sdk.Client(server.target) as client:
         check(client.complete(**OPTIONS))
-    assert len(gateway.requests) == 7
-    assert len({request.seed for request in gateway.requests}) == 1
-    assert all(request.HasField("seed") for request in gateway.requests)
-    assert not gateway.requests[0].received
+    requests = [request.message for request in server.requests]
+    assert len(requests) == 7
+    assert len({request.seed for request in requests}) == 1
+    assert all(request.HasField("seed") for request in requests)
+    assert not requests[0].received
+
+
+def test_it_goes_on_when_the_connection_is_lost() -> None:
+    with serving([Break(3), Break()]) as [server], sdk.Client(server.target) as client:
+        check(client.complete(**OPTIONS))
+        assert [len(sample.token_ids) for sample in server.requests[1].message.received] == [2, 1]
 
 
 async def test_it_goes_on_asynchronously() -> None:
@@ -85,49 +73,51 @@ async def test_it_goes_on_asynchronously() -> None:
 
 
 def test_another_gateway_takes_over() -> None:
-    first, second = failing(9, *[0] * 20), failing()
-    with serving(first, second) as servers, sdk.Client(",".join(server.target for server in servers)) as client:
-        check(client.complete(**OPTIONS))
-        assert [len(sample.token_ids) for sample in second.requests[0].received] == [5, 4]
-        check(client.complete(**OPTIONS))
-        assert len(first.requests) == 1
+    with serving(failing(9, *[0] * 20), []) as servers:
+        first, second = servers
+        with sdk.Client(f"{first.target},{second.target}") as client:
+            check(client.complete(**OPTIONS))
+            assert [len(sample.token_ids) for sample in second.requests[0].message.received] == [5, 4]
+            check(client.complete(**OPTIONS))
+            assert len(first.requests) == 1
 
 
 async def test_another_gateway_takes_over_asynchronously() -> None:
-    first, second = failing(9, *[0] * 20), failing()
-    with serving(first, second) as servers:
-        async with sdk.AsyncClient(",".join(server.target for server in servers)) as client:
+    with serving(failing(9, *[0] * 20), []) as servers:
+        first, second = servers
+        async with sdk.AsyncClient(f"{first.target},{second.target}") as client:
             check(await client.complete(**OPTIONS))
             assert (len(first.requests), len(second.requests)) == (1, 1)
 
 
 def test_a_gateway_that_nobody_serves_is_left() -> None:
-    with serving(failing()) as [server], sdk.Client(f"127.0.0.1:1,{server.target}") as client:
+    with serving([]) as [server], sdk.Client(f"127.0.0.1:1,{server.target}") as client:
         check(client.complete(**OPTIONS))
-        assert client.info().model == "tiny"
+        assert client.info().model == "fake"
 
 
 @pytest.mark.parametrize(
-    ("gateway", "retries", "calls"),
+    ("faults", "retries", "calls"),
     [
         (failing(5, 0, 0, 0, 0), 2, 3),
         (failing(5), 0, 1),
+        ([Break(5), Break(), Break()], 2, 3),
+        ([Break(5)], 0, 1),
         (failing(5, after_s=None), 3, 1),  # the server says that it is of no use
         (failing(5, after_s=None, code="RESOURCE_EXHAUSTED"), 3, 1),
         (failing(5, after_s=60), 3, 1),  # longer than the call has
         (failing(5, code="INTERNAL"), 3, 1),
     ],
 )
-def test_a_failure_that_stays_is_raised(gateway: Failing, retries: int, calls: int) -> None:
-    with serving(gateway) as [server], sdk.Client(server.target, retries=retries, timeout=10) as client:
-        with pytest.raises(sdk.BranchlineError, match="scripted"):
+def test_a_failure_that_stays_is_raised(faults: list[Fault | Break], retries: int, calls: int) -> None:
+    with serving(faults) as [server], sdk.Client(server.target, retries=retries, timeout=10) as client:
+        with pytest.raises(sdk.BranchlineError, match=r"scripted|lost"):
             client.complete(**OPTIONS)
-        assert len(gateway.requests) == calls
+        assert len(server.requests) == calls
 
 
 def test_a_full_gateway_is_asked_again_when_it_says() -> None:
-    gateway = failing(0, after_s=0.3, code="RESOURCE_EXHAUSTED")
-    with serving(gateway) as [server], sdk.Client(server.target) as client:
+    with serving(failing(0, after_s=0.3, code="RESOURCE_EXHAUSTED")) as [server], sdk.Client(server.target) as client:
         began = time.monotonic()
         check(client.complete(**OPTIONS))
         assert time.monotonic() - began >= 0.3

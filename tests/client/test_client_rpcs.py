@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from client_servicer import ScriptedGateway, ServerThread
 
 from branchline import client as sdk
 from branchline.client import AsyncClient, ChatOptions, Client, ToolCall
 from branchline.client.chat import chat_request
 from branchline.client.options import sampling_request
+from branchline.client.testing import FakeServer, Pause, Reply
 from branchline.v1 import gateway_pb2
 
 SERVICE = gateway_pb2.DESCRIPTOR.services_by_name["GatewayService"]
@@ -23,7 +24,7 @@ TOOLS = [
     {"type": "function", "function": {"name": "g"}},
 ]
 
-#: One call of each RPC's method that has an answer at once.
+#: One call of each RPC's method that ends at once.
 CALLS: dict[str, Callable[[Any], Any]] = {
     "generate": lambda client: client.generate(prompt="x"),
     "chat": lambda client: client.chat(messages=[USER]),
@@ -41,31 +42,27 @@ def method_name(rpc: str) -> str:
     return re.sub("(?<!^)(?=[A-Z])", "_", re.sub("^(Get|List)", "", rpc)).lower()
 
 
-def test_every_rpc_has_a_method_that_calls_it(server: ServerThread, gateway: ScriptedGateway) -> None:
-    gateway.others.clear()
-    gateway.chats.clear()
+def test_every_rpc_has_a_method_that_calls_it(server: FakeServer) -> None:
     with Client(server.target) as client:
         for name in map(method_name, (rpc.name for rpc in SERVICE.methods)):
-            result = CALLS[name](client)
-            if isinstance(result, sdk.Stream):
-                list(result)
-    called = {*gateway.others, *(["Chat"] if gateway.chats else []), *(["Generate"] if gateway.requests else [])}
-    assert called == {rpc.name for rpc in SERVICE.methods}
+            with contextlib.suppress(sdk.InvalidRequestError):  # there is no request to abort
+                result = CALLS[name](client)
+                if isinstance(result, sdk.Stream):
+                    list(result)
+    assert {request.rpc for request in server.requests} == {rpc.name for rpc in SERVICE.methods}
 
 
-async def test_and_so_has_the_other_client(server: ServerThread, gateway: ScriptedGateway) -> None:
-    gateway.others.clear()
-    gateway.chats.clear()
+async def test_and_so_has_the_other_client(server: FakeServer) -> None:
     async with AsyncClient(server.target) as client:
         for name in map(method_name, (rpc.name for rpc in SERVICE.methods)):
             result = CALLS[name](client)
-            if isinstance(result, sdk.AsyncStream):
-                async for _ in result:
-                    pass
-            else:
-                await result
-    called = {*gateway.others, *(["Chat"] if gateway.chats else []), *(["Generate"] if gateway.requests else [])}
-    assert called == {rpc.name for rpc in SERVICE.methods}
+            with contextlib.suppress(sdk.InvalidRequestError):
+                if isinstance(result, sdk.AsyncStream):
+                    async for _ in result:
+                        pass
+                else:
+                    await result
+    assert {request.rpc for request in server.requests} == {rpc.name for rpc in SERVICE.methods}
 
 
 def test_both_clients_have_the_same_methods() -> None:
@@ -80,14 +77,17 @@ def test_both_clients_have_the_same_methods() -> None:
     assert public(sdk.Stream) == public(sdk.AsyncStream)
 
 
-def test_a_chat(server: ServerThread, gateway: ScriptedGateway) -> None:
-    gateway.chats.clear()
+CHAT = Reply("hi", reasoning="hmm", tool_calls=[ToolCall("c0", "f", '{"x": 1}'), ToolCall("c1", "g", '{"x": 1}')])
+
+
+def test_a_chat(server: FakeServer) -> None:
+    server.script = CHAT
     with Client(server.target) as client:
         with client.chat(messages=[USER], tools=TOOLS, n=2, temperature=0.5) as stream:
-            assert stream.request_id() == "abc"
+            assert stream.request_id() == "fake-1"
             chunks = list(stream)
         done = stream.result
-        again = client.complete_chat(
+        client.complete_chat(
             messages=[USER, done.answers[0].message, {"role": "tool", "content": "1", "tool_call_id": "c0"}],
             tool_choice="none",
             template_arguments={"enable_thinking": False},
@@ -96,11 +96,11 @@ def test_a_chat(server: ServerThread, gateway: ScriptedGateway) -> None:
     assert [chunk.part.finish_reason for chunk in chunks if chunk.part.finish_reason] == ["stop"] * 2
     assert done.text == "hi"
     assert done.reasoning == "hmm"
-    assert done.tool_calls == (ToolCall("c0", "f", '{"x": 1}'), ToolCall("c1", "g", '{"x": 1}'))
+    assert list(done.tool_calls) == CHAT.tool_calls
     assert done.answers[1] == done.answers[0]
-    assert done.completion.usage.prompt_tokens == 7
+    assert done.completion.usage.prompt_tokens == 2
     assert [sample.text for sample in done.completion.samples] == ["hi", "hi"]
-    first, second = gateway.chats
+    first, second = (request.message for request in server.requests)
     assert [(tool.name, tool.description, tool.parameters) for tool in first.tools] == [
         ("f", "does f", '{"type": "object"}'),
         ("g", "", ""),
@@ -111,31 +111,43 @@ def test_a_chat(server: ServerThread, gateway: ScriptedGateway) -> None:
     assert second.messages[2].tool_call_id == "c0"
     assert second.tool_choice == gateway_pb2.TOOL_CHOICE_NONE
     assert second.template_arguments == '{"enable_thinking": false}'
-    assert again.text == "1"
 
 
-async def test_a_chat_of_the_other_client(server: ServerThread) -> None:
+async def test_a_chat_of_the_other_client(server: FakeServer) -> None:
+    server.script = CHAT
     async with AsyncClient(server.target) as client:
         async with client.chat(messages=[USER], tools=TOOLS) as stream:
-            assert await stream.request_id() == "abc"
+            assert await stream.request_id() == "fake-1"
             text = "".join([chunk.text async for chunk in stream])
         assert (text, stream.result.text) == ("hi", "hi")
         assert (await client.complete_chat(messages=[USER])).reasoning == "hmm"
 
 
-def test_the_other_answers(server: ServerThread) -> None:
+def test_the_other_answers(server: FakeServer) -> None:
     with Client(server.target) as client:
         assert client.tokenize(prompt="ab") == (97, 98)
         assert client.tokenize(messages=[USER]) == (104, 105)
         assert client.detokenize([97, 98]) == "ab"
-        assert client.detokenize([97], special_tokens=True) == "a!"
-        assert client.models() == (sdk.Model("tiny", 512, ("default",)),)
-        assert client.status() == sdk.GatewayStatus((sdk.RunningRequest("r", "http", 1.5, 3, 4, 2, -7),), 256)
-        client.abort("r")
-        with pytest.raises(sdk.InvalidRequestError, match="no request x, enough"):
-            client.abort("x", reason="enough")
+        client.detokenize([97], special_tokens=True)
+        assert server.requests[-1].message.special_tokens
+        assert client.models() == (sdk.Model("fake", 4096, ("default",)),)
+        assert client.status() == sdk.GatewayStatus((), 64)
         with pytest.raises(sdk.InvalidRequestError, match="exactly one of prompt and messages"):
             client.tokenize()
+
+
+def test_a_request_can_be_watched_and_aborted(server: FakeServer) -> None:
+    server.script = Reply(["ab", Pause(60)])
+    with Client(server.target) as client, client.generate(prompt="xyz", n=2, priority=-7) as stream:
+        assert [next(stream).text, next(stream).text] == ["ab", "ab"]
+        (running,) = client.status().requests
+        assert (running.request_id, running.interface, running.samples) == (stream.request_id(), "grpc", 2)
+        assert (running.prompt_tokens, running.completion_tokens, running.priority) == (3, 4, -7)
+        with pytest.raises(sdk.InvalidRequestError, match="no request 'x'"):
+            client.abort("x")
+        client.abort(running.request_id, reason="enough")
+        with pytest.raises(sdk.CancelledError, match="enough"):
+            next(stream)
 
 
 def test_every_option_is_documented() -> None:
