@@ -17,6 +17,7 @@ from typing import Any
 from branchline.config_base import ConfigError as ConfigError
 from branchline.config_base import require as _require
 from branchline.config_base import require_choice as _choice
+from branchline.config_cluster import RayConfig, require_claims
 from branchline.config_observe import LoggingConfig, TracingConfig, require_metrics_port
 from branchline.config_security import SecurityConfig
 
@@ -111,6 +112,11 @@ class WorkerConfig:
     metrics_port: int = -1
     num_cpus: float = 1.0
     num_gpus: float = 0.0
+    #: Memory that Ray keeps for each on its node, in MiB, as it does with CPUs; 0 claims none.
+    memory_mib: int = 0
+    #: Ray's label selectors, `key=value` each, all of which a node's labels must meet: `zone=a`, `zone=!a`,
+    #: `ray.io/accelerator-type=in(A100,H100)`.
+    labels: tuple[str, ...] = ()
     #: A custom resource of Ray, of which each worker claims one: it goes to a node that offers it. Such nodes offer
     #: one for each worker that they are meant to have; a fixed port is then the same for all and doesn't count up.
     resource: str = ""
@@ -123,6 +129,7 @@ class WorkerConfig:
         require_metrics_port("metrics_port", self.metrics_port)
         _require(self.num_cpus >= 0, f"num_cpus: must not be negative, got {self.num_cpus}")
         _require(self.num_gpus >= 0, f"num_gpus: must not be negative, got {self.num_gpus}")
+        require_claims("", self.memory_mib, self.labels)
         _require(self.lease_ttl_s > 0, f"lease_ttl_s: must be positive, got {self.lease_ttl_s}")
 
 
@@ -154,7 +161,9 @@ class GatewayConfig:
     tool_parser: str = ""
     reasoning_parser: str = ""
     num_cpus: float = 1.0
-    #: As for workers.
+    #: As for workers, these three.
+    memory_mib: int = 0
+    labels: tuple[str, ...] = ()
     resource: str = ""
     prefill_workers: tuple[str, ...] = ()
     decode_workers: tuple[str, ...] = ()
@@ -193,17 +202,7 @@ class GatewayConfig:
             _require(getattr(self, name) >= 1, f"gateway.{name}: must be at least 1, got {getattr(self, name)}")
         for name in ("request_timeout_s", "stall_timeout_s", "worker_wait_s"):
             _require(getattr(self, name) > 0, f"gateway.{name}: must be positive, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True)
-class RayConfig:
-    """`address` empty starts a local Ray; `auto` or HOST:PORT joins one."""
-
-    address: str = ""
-    start_timeout_s: float = 300.0
-
-    def __post_init__(self) -> None:
-        _require(self.start_timeout_s > 0, f"ray.start_timeout_s: must be positive, got {self.start_timeout_s}")
+        require_claims("gateway.", self.memory_mib, self.labels)
 
 
 @dataclass(frozen=True)

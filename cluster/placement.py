@@ -1,17 +1,13 @@
-"""Which actors a configuration needs, what each may use, and their creation."""
+"""Which actors a configuration needs, and what each may use."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
-import ray
-
-from branchline.config import CORES_TO_SHARE_OUT, Config, ConfigError
-from cluster.actors import RoleActor
+from branchline.config import CORES_TO_SHARE_OUT, Config, ConfigError, GatewayConfig, WorkerConfig
 
 #: Import paths of the roles' `serve` coroutines.
 SERVE_PATHS = {
@@ -20,15 +16,29 @@ SERVE_PATHS = {
     "gateway": "gateway.serve:serve",
 }
 WORKER_ROLES = ("prefill", "decode")
+ROLES = (*WORKER_ROLES, "gateway")
+MIB = 2**20
 PORT_FIELDS = {"prefill": "prefill.port", "decode": "decode.port", "gateway": "gateway.grpc_port"}
 
-#: Read by libraries when they are imported, so they are set for the process rather than in it. Waiting OpenMP
-#: threads must not spin, or two workers on the same cores stall each other.
-PROCESS_ENV = {
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "TOKENIZERS_PARALLELISM": "false",
-}
+
+@dataclass(frozen=True)
+class Claims:
+    """What Ray keeps for an actor on its node."""
+
+    num_cpus: float
+    num_gpus: float = 0.0
+    memory_mib: int = 0
+    #: The custom resource that it claims one of; empty for none.
+    resource: str = ""
+    #: Ray's label selectors.
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """By Ray's names, without what isn't claimed; memory in bytes."""
+        claims = {"CPU": self.num_cpus, "GPU": self.num_gpus, "memory": float(self.memory_mib * MIB)}
+        claims |= {self.resource: 1.0} if self.resource else {}
+        return {name: amount for name, amount in claims.items() if amount > 0}
 
 
 @dataclass(frozen=True)
@@ -36,50 +46,110 @@ class Seat:
     """One actor to be: its role, its number among its role, its share of the machine."""
 
     role: str
+    #: No other actor of the role has, or has had, this number.
     index: int
     serve_path: str
     #: The configuration with this actor's own port and thread count.
     config: Config
-    num_cpus: float
-    num_gpus: float
-    #: Cores to be pinned to; empty for no pinning.
+    claims: Claims
+    #: Cores to be pinned to; empty for no pinning, or for a choice when its node is known.
     cores: tuple[int, ...] = ()
-    #: The custom resource that it claims one of; empty for none.
-    resource: str = ""
+    #: How many cores of its own it should have on its node; 0 for none.
+    share: int = 0
+    #: Its place among those of its role that there are now: fixed ports count up with it.
+    slot: int = 0
 
     @property
     def name(self) -> str:
-        return f"{self.role} {self.index}"
+        return f"{self.role}-{self.index}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Makes the seats of a system, the first ones and later ones.
+
+    `cores` are those that a local Ray may use: with enough of them each CPU worker gets its own. On a Ray that
+    others use too (no cores given) a worker computes with as many threads as it claims CPUs, on cores of its own
+    where its node has enough. A fixed port belongs to a role's first actor; the next ones count up from it. With a
+    custom resource all have the same: each is on a node of its own.
+    """
+
+    config: Config
+    cores: tuple[int, ...] = ()
+    serve_paths: Mapping[str, str] = field(default_factory=lambda: SERVE_PATHS)
+
+    @property
+    def local(self) -> bool:
+        return bool(self.cores)
+
+    def first(self) -> list[Seat]:
+        """Workers first, gateways last. Raises ConfigError for a claim that can't work."""
+        self.check()
+        shares = _share_cores(self.config, self.cores)
+        return [
+            self._seat(role, index, index, shares.get((role, index), ()), self._claims(role))
+            for role in ROLES
+            for index in range(self._part(role).replicas)
+        ]
+
+    def seat(self, role: str, index: int, slot: int) -> Seat:
+        """A later one. A local Ray offers no more CPUs than the first ones claim, so that a later one claims none."""
+        claims = self._claims(role)
+        if self.local:
+            claims = Claims(0.0, claims.num_gpus, claims.memory_mib, claims.resource, claims.labels)
+        return self._seat(role, index, slot, (), claims)
+
+    def check(self) -> None:
+        """Raises ConfigError for a claim that can't work."""
+        for role in ROLES:
+            part, claims = self._part(role), self._claims(role)
+            if role != "gateway" and self.config.model.device == "cuda" and claims.num_gpus == 0:
+                raise ConfigError(f"{role}.num_gpus: must be above 0 with model.device cuda: Ray hides unclaimed GPUs")
+            if self.config.ray.placement != "none" and role != "gateway" and not claims.resources:
+                raise ConfigError(f"{role}.num_cpus: must be above 0 with ray.placement {self.config.ray.placement}")
+            if self.local and part.resource:
+                raise ConfigError(f"{role}.resource: a Ray that is started here offers no {part.resource!r}")
+            if self.local and part.labels:
+                raise ConfigError(f"{role}.labels: a Ray that is started here has no labels, got {list(part.labels)}")
+
+    def threads(self, role: str, cores: int) -> int:
+        """Compute threads of a worker that has so many cores to itself."""
+        return min(self.config.engine.threads_for(role, cores, shared=False), max(1, cores))
+
+    def _part(self, role: str) -> WorkerConfig | GatewayConfig:
+        part: WorkerConfig | GatewayConfig = getattr(self.config, role)
+        return part
+
+    def _claims(self, role: str) -> Claims:
+        part = self._part(role)
+        gpus = part.num_gpus if isinstance(part, WorkerConfig) else 0.0
+        labels = {key: value for key, _, value in (label.partition("=") for label in part.labels)}
+        return Claims(part.num_cpus, gpus, part.memory_mib, part.resource, labels)
+
+    def _seat(self, role: str, index: int, slot: int, pinned: tuple[int, ...], claims: Claims) -> Seat:
+        part = self._part(role)
+        usable = len(pinned or self.cores) or math.floor(part.num_cpus)
+        threads = self.config.engine.threads_for(role, usable, shared=self.local and not pinned)
+        # With a resource of their own they are on different nodes.
+        offset = 0 if part.resource else slot
+        names = ("grpc_port", "http_port") if role == "gateway" else ("port",)
+        ports = {f"{role}.{name}": _counted(getattr(part, name), offset) for name in (*names, "metrics_port")}
+        own = self.config.override(**{"engine.threads": threads}, **ports)
+        return Seat(role, index, self.serve_paths[role], own, claims, pinned, self._share(role), slot)
+
+    def _share(self, role: str) -> int:
+        """Gateways are not pinned: they wait for the network most of the time. Neither are workers on GPUs."""
+        part = self._part(role)
+        if not isinstance(part, WorkerConfig) or part.num_gpus > 0 or not self.config.ray.pin_cores:
+            return 0
+        if self.local:
+            return len(_share_cores(self.config, self.cores).get((role, 0), ()))
+        return max(1, math.floor(part.num_cpus))
 
 
 def plan(config: Config, cores: Sequence[int] = (), serve_paths: Mapping[str, str] = SERVE_PATHS) -> list[Seat]:
-    """The actors for a configuration, workers first, gateways last. Raises ConfigError for a claim that can't work.
-
-    `cores` are those that a local Ray may use: with enough of them each CPU worker gets its own. On a Ray that
-    others use too (no cores given) nothing is pinned, and a worker computes with as many threads as it claims CPUs.
-    A fixed port belongs to a role's first actor; the next ones count up from it. With a custom resource all have the
-    same: each is on a node of its own.
-    """
-    shares = _share_cores(config, cores)
-    seats = []
-    for role in (*WORKER_ROLES, "gateway"):
-        part = getattr(config, role)
-        if role != "gateway" and config.model.device == "cuda" and part.num_gpus == 0:
-            raise ConfigError(f"{role}.num_gpus: must be above 0 with model.device cuda: Ray hides unclaimed GPUs")
-        base_port = part.grpc_port if role == "gateway" else part.port
-        for index in range(part.replicas):
-            pinned = shares.get((role, index), ())
-            usable = len(pinned or cores) or math.floor(part.num_cpus)
-            threads = config.engine.threads_for(role, usable, shared=bool(cores) and not pinned)
-            # With a resource of their own they are on different nodes.
-            offset = 0 if part.resource else index
-            own = config.override(**{PORT_FIELDS[role]: _counted(base_port, offset), "engine.threads": threads})
-            if role == "gateway":
-                own = own.override(**{"gateway.http_port": _counted(part.http_port, offset)})
-            own = own.override(**{f"{role}.metrics_port": _counted(part.metrics_port, offset)})
-            gpus = 0.0 if role == "gateway" else part.num_gpus
-            seats.append(Seat(role, index, serve_paths[role], own, part.num_cpus, gpus, pinned, part.resource))
-    return seats
+    """The first seats for a configuration. Raises ConfigError for a claim that can't work."""
+    return Plan(config, tuple(cores), serve_paths).first()
 
 
 def _counted(port: int, offset: int) -> int:
@@ -87,47 +157,23 @@ def _counted(port: int, offset: int) -> int:
     return port + offset if port > 0 else port
 
 
-def needed_cpus(seats: Sequence[Seat]) -> float:
-    return sum(seat.num_cpus for seat in seats)
-
-
-def needed_gpus(seats: Sequence[Seat]) -> float:
-    return sum(seat.num_gpus for seat in seats)
-
-
 def needed_resources(seats: Sequence[Seat]) -> dict[str, float]:
-    """What all claim together, by Ray's names: CPU, GPU and the custom resources."""
-    custom = Counter(seat.resource for seat in seats if seat.resource)
-    return {"CPU": needed_cpus(seats), "GPU": needed_gpus(seats), **custom}
-
-
-def create_actor(seat: Seat, env: Mapping[str, str]) -> Any:
-    """Creates the seat's actor, idle, and returns its handle. `env` is laid over the usual variables."""
-    env_vars = {**PROCESS_ENV, "OMP_NUM_THREADS": str(seat.config.engine.threads), **env}
-    actor = ray.remote(RoleActor).options(
-        num_cpus=seat.num_cpus,
-        num_gpus=seat.num_gpus,
-        resources={seat.resource: 1} if seat.resource else {},
-        # A killed process comes back as often as it takes; the supervisor slows down one that keeps failing.
-        max_restarts=-1,
-        max_task_retries=0,
-        runtime_env={"env_vars": env_vars},
-    )
-    return actor.remote(seat.serve_path, routes=seat.role == "gateway")
+    """What all claim together, by Ray's names: CPU, GPU, memory and the custom resources."""
+    needed: Counter[str] = Counter()
+    for seat in seats:
+        needed.update(seat.claims.resources)
+    return {"CPU": 0.0, "GPU": 0.0, **needed}
 
 
 def _share_cores(config: Config, cores: Sequence[int]) -> dict[tuple[str, int], tuple[int, ...]]:
-    """Divides the cores among the CPU workers by their `num_cpus`; empty when there are too few to divide.
-
-    Gateways are not pinned: they wait for the network most of the time.
-    """
+    """Divides the cores among the CPU workers by their `num_cpus`; empty when there are too few to divide."""
     workers = [
         (role, index)
         for role in WORKER_ROLES
         if getattr(config, role).num_gpus == 0
         for index in range(getattr(config, role).replicas)
     ]
-    if len(cores) < max(CORES_TO_SHARE_OUT, len(workers)) or not workers:
+    if not config.ray.pin_cores or len(cores) < max(CORES_TO_SHARE_OUT, len(workers)) or not workers:
         return {}
     weights = [max(getattr(config, role).num_cpus, 1.0) for role, _ in workers]
     shares, taken, weight = {}, 0, 0.0

@@ -18,6 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from branchline.config import Config
+from branchline.workload import Workload
+
+#: Seconds between two looks at a role's load.
+LOAD_INTERVAL_S = 0.25
 
 Hooks = dict[str, Callable[..., None]]
 
@@ -48,6 +52,8 @@ class Status:
     #: Progress lines from the asked number on, and the number to ask for next.
     lines: tuple[str, ...] = ()
     next_line: int = 0
+    #: At most LOAD_INTERVAL_S old unless its event loop hangs; None before it tells one.
+    load: Workload | None = None
 
 
 class RoleThread:
@@ -69,6 +75,8 @@ class RoleThread:
         self._stopping = False
         self._address = self._http = ""
         self._lines: list[str] = []
+        self._ask_load: Callable[[], Workload] | None = None
+        self._load: Workload | None = None
 
     def start(self, config: Config, cores: Sequence[int] = (), **hooks: Callable[..., None]) -> None:
         """Begins to serve, on the given cores if any; does nothing when it has begun already.
@@ -86,7 +94,7 @@ class RoleThread:
     def status(self, since: int = 0) -> Status:
         with self._lock:
             running, address, lines, total = self._running, self._address, self._lines[since:], len(self._lines)
-            http = self._http
+            http, load = self._http, self._load
         state, error = State.IDLE, None
         if running is not None and running.done():
             error = running.exception()
@@ -101,6 +109,7 @@ class RoleThread:
             user_error=error is not None and is_user_error(error),
             lines=tuple(lines),
             next_line=total,
+            load=load if state is State.READY else None,
         )
 
     def stop(self, grace_s: float) -> bool:
@@ -117,6 +126,14 @@ class RoleThread:
             running.exception(timeout=grace_s)
         return running.done()
 
+    def call(self, function: Callable[[], None]) -> None:
+        """Calls it soon on the role's event loop; not at all when that has ended, or has not begun."""
+        with self._lock:
+            loop = self._loop
+        if loop is not None:
+            with contextlib.suppress(RuntimeError):  # it has closed
+                loop.call_soon_threadsafe(function)
+
     def _run(self, config: Config, cores: tuple[int, ...], hooks: Hooks) -> None:
         if cores:
             # For this thread and all that it starts: the compute threads, not those of Ray.
@@ -130,7 +147,23 @@ class RoleThread:
             self._loop, self._stop = asyncio.get_running_loop(), stop
             if self._stopping:
                 return
-        await serve(config, ready=self._ready, stop=stop, progress=self._progress, **hooks)
+        looks = asyncio.create_task(self._look_at_load())
+        try:
+            await serve(config, ready=self._ready, stop=stop, progress=self._progress, on_load=self._take_load, **hooks)
+        finally:
+            looks.cancel()
+
+    def _take_load(self, ask: Callable[[], Workload]) -> None:
+        self._ask_load = ask
+
+    async def _look_at_load(self) -> None:
+        """On the role's own loop: nothing of the role is read by another thread."""
+        while True:
+            if self._ask_load is not None:
+                load = self._ask_load()
+                with self._lock:
+                    self._load = load
+            await asyncio.sleep(LOAD_INTERVAL_S)
 
     def _ready(self, address: str, http: str = "") -> None:
         with self._lock:

@@ -2,32 +2,37 @@
 
 One thread, one loop: each round asks every actor for its status and does what the answers call for. An actor
 that Ray has restarted answers that it is idle, and is told to serve again; when its address has changed, the
-gateways hear of it.
+gateways hear of it. One that has answered and does so no longer is killed, so that Ray restarts it. What other threads
+want done is put into `orders`.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RuntimeEnvSetupError
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RuntimeEnvSetupError
 
-from cluster.placement import Seat, create_actor, needed_resources
+from cluster import leaving
+from cluster.actors import Answer
+from cluster.member import Member
+from cluster.news import Announcer
+from cluster.orders import Orders, RefusedError, UnknownError
+from cluster.placement import ROLES, Plan, needed_resources
+from cluster.roster import Roster
 from cluster.shell import State, Status
 
 #: Seconds that a round waits for answers; an actor may answer in a later round.
 ROUND_S = 0.25
 #: Processes of one actor that may die before it has ever been ready.
 MAX_DEATHS_AT_START = 2
-#: Seconds before a failed actor is started again: doubled each time, up to the second figure.
-RESTART_DELAYS_S = (1.0, 30.0)
 #: Seconds without news while starting after which it is told what is being waited for.
 SILENCE_S = 5.0
-#: Seconds for an actor that is ready to say where it runs.
-INFO_TIMEOUT_S = 30.0
+#: Seconds after which a process that Ray has declared dead for good is replaced by a new actor.
+GONE_S = 5.0
+#: Seconds between two lines on an actor that waits for a process while the others serve.
+WAITING_LINE_S = 30.0
 LOOPBACK_PREFIXES = ("127.", "localhost:", "[::1]:")
 
 Report = Callable[[str], None]
@@ -46,86 +51,116 @@ class StartInterruptedError(RuntimeError):
     """The start was given up because somebody asked to stop."""
 
 
-@dataclass
-class Member:
-    """One actor as the supervisor sees it."""
+class Supervisor:
+    """Owns the actors of one system. Use from one thread, but for `orders`; `close` is safe at any point."""
 
-    seat: Seat
-    actor: Any
-    state: State | None = None
-    address: str = ""
-    #: Of a gateway's HTTP API.
-    http: str = ""
-    #: The request for a status that is under way.
-    pending: Any = None
-    next_line: int = 0
-    deaths: int = 0
-    failures: int = 0
-    not_before: float = 0.0
+    def __init__(self, plan: Plan, env: Mapping[str, str], report: Report) -> None:
+        self.report = report
+        self.roster = Roster(plan, env)
+        self.orders = Orders()
+        self.started = False
+        self.stop_asked = False
+        self._announcer = Announcer()
+        self._last_news = time.monotonic()
 
     @property
-    def ready(self) -> bool:
-        return self.state is State.READY
-
-
-@dataclass
-class Supervisor:
-    """Owns the actors of one system. Use from one thread; `close` is safe at any point."""
-
-    seats: Sequence[Seat]
-    env: Mapping[str, str]
-    report: Report
-    members: list[Member] = field(default_factory=list)
-    _announced: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
-    _last_news: float = field(default_factory=time.monotonic)
+    def members(self) -> list[Member]:
+        return self.roster.members
 
     def start(self, timeout_s: float, stopping: Stopping = lambda: False) -> list[str]:
         """Starts all actors and returns the gateways' addresses once all are ready. Raises StartError."""
         deadline = time.monotonic() + timeout_s
-        for seat in self.seats:
-            self.members.append(Member(seat, create_actor(seat, self.env)))
+        self.roster.fill()
         self._await_ready(deadline, stopping)
-        self._check_hosts()
-        return [gateway.address for gateway in self._of("gateway")]
+        for member in self.members:
+            if problem := self._unreachable(member):
+                raise StartError(problem, user_error=True)
+        self.started = True
+        return [gateway.address for gateway in self.roster.of("gateway")]
 
     @property
     def http(self) -> list[str]:
         """The addresses of the gateways' HTTP APIs, in the gateways' order; none where none is served."""
-        return [gateway.http for gateway in self._of("gateway") if gateway.http]
+        return [gateway.http for gateway in self.roster.of("gateway") if gateway.http]
 
     def watch(self, stopping: Stopping) -> None:
         """Keeps the system going until told to stop."""
-        while not stopping():
+        while not stopping() and not self.stop_asked:
             self.round()
 
     def round(self) -> None:
-        """One look at every actor; restarts what has failed and tells gateways about new addresses."""
+        """One look at every actor; restarts what has failed or hangs, tells gateways about new addresses, goes on with
+        those that leave, and carries out orders.
+        """
         self._poll()
         for member in self.members:
-            if member.state is State.FAILED:
-                self._restart_process(member)
+            if member.state is State.FAILED and member.leaving is None:
+                self._restart_process(member, member.error)
+            self._tell_waiting(member)
+        leaving.step(self.roster, self._announcer, self._tell)
+        self.orders.carry_out()
+
+    def scale(self, counts: Mapping[str, int], grace_s: float) -> tuple[list[str], list[str]]:
+        """Adds or drains until each role has that many; the names of those added, and of those that drain.
+
+        Those that are not ready go first, then those with the least to do, the youngest of several. Raises
+        RefusedError.
+        """
+        self._require_started()
+        for role, count in counts.items():
+            if role not in ROLES:
+                raise UnknownError(f"{role}: no such role, there are {', '.join(ROLES)}")
+            if count < 1:
+                raise RefusedError(f"{role}: must be at least 1, got {count}")
+        added, draining = [], []
+        for role, count in counts.items():
+            staying = self.roster.staying(role)
+            added += [self.roster.add(role).name for _ in range(count - len(staying))]
+            staying.sort(key=lambda m: (m.ready, m.load.unfinished if m.load else 0, -m.seat.index))
+            for member in staying[: max(0, len(staying) - count)]:
+                leaving.begin(member, grace_s)
+                draining.append(member.name)
+        self._tell(f"scaling: {', '.join(added) or 'none'} added, {', '.join(draining) or 'none'} to drain")
+        return added, draining
+
+    def drain(self, name: str, grace_s: float) -> None:
+        """Ends one, for good, when it has finished what it has, or after `grace_s` seconds. Raises RefusedError."""
+        self._require_started()
+        member = self.roster.find(name)
+        if member is None:
+            raise UnknownError(
+                f"{name}: there is none of that name; there are {', '.join(m.name for m in self.members)}"
+            )
+        others = [other for other in self.roster.of(member.role) if other is not member and other.serving]
+        if member.ready and not others:
+            raise RefusedError(f"{name}: it is the only {member.role} that is ready; scale up first")
+        leaving.begin(member, grace_s)
+        self._tell(f"{name}: drains, {grace_s:g} s at most")
 
     def close(self, grace_s: float) -> None:
         """Ends all actors, gateways first: politely within `grace_s` seconds in all, then by force."""
+        self.orders.close()
         deadline = time.monotonic() + grace_s
         for roles in (("gateway",), ("prefill", "decode")):
             left = max(0.1, deadline - time.monotonic())
-            stops = {m.actor.stop.remote(left): m for role in roles for m in self._of(role) if m.state is not None}
+            stops = {m.actor.stop.remote(left): m for m in self.members if m.role in roles and m.info is not None}
             if stops:
                 _, late = ray.wait(list(stops), num_returns=len(stops), timeout=left)
                 for stop in late:
-                    self.report(f"{stops[stop].seat.name}: does not end in time; ended by force")
-        for member in self.members:
-            ray.kill(member.actor, no_restart=True)
-        self.members.clear()
+                    self.report(f"{stops[stop].name}: does not end in time; ended by force")
+        self.roster.clear()
+
+    def _require_started(self) -> None:
+        if not self.started or self.stop_asked:
+            raise RefusedError(f"the system is {'stopping' if self.stop_asked else 'starting'}")
 
     def _await_ready(self, deadline: float, stopping: Stopping) -> None:
-        members = self.members
-        while not all(member.ready for member in members):
-            if stopping():
+        while not all(member.ready for member in self.members):
+            if stopping() or self.stop_asked:
                 raise StartInterruptedError
             self._poll()
-            for member in members:
+            self.orders.carry_out()
+            for member in self.members:
                 self._check_start(member)
             now = time.monotonic()
             if now > deadline:
@@ -135,10 +170,9 @@ class Supervisor:
 
     def _awaited(self) -> str:
         """Who is not ready, and what the cluster lacks for those who have no process yet."""
-        names = ", ".join(f"{m.seat.name} ({m.state or 'no process yet'})" for m in self.members if not m.ready)
-        if all(member.state for member in self.members):
-            return names
-        return f"{names}; {_resources(self.seats)}"
+        late = [member for member in self.members if not member.ready]
+        names = ", ".join(f"{m.name} ({m.state if m.info and m.state else 'no process yet'})" for m in late)
+        return names if all(member.info for member in late) else f"{names}; {_resources(self.members)}"
 
     def _tell(self, line: str) -> None:
         self._last_news = time.monotonic()
@@ -146,120 +180,135 @@ class Supervisor:
 
     def _check_start(self, member: Member) -> None:
         if member.state is State.STOPPED:
-            raise StartError(f"{member.seat.name} ended while starting")
+            raise StartError(f"{member.name} ended while starting")
         if member.deaths >= MAX_DEATHS_AT_START:
-            raise StartError(f"{member.seat.name}: its process died {member.deaths} times while starting")
+            raise StartError(f"{member.name}: its process died {member.deaths} times while starting")
 
     def _poll(self) -> None:
         """Gathers the answers that come within a round, starts what is idle, passes on new addresses."""
         began = time.monotonic()
         for member in self.members:
             if member.pending is None:
-                member.pending = member.actor.status.remote(member.next_line)
-        ray.wait([member.pending for member in self.members], num_returns=len(self.members), timeout=ROUND_S)
+                member.pending, member.asked_at = member.actor.status.remote(member.next_line), began
+        pending = [member.pending for member in self.members]
+        ray.wait(pending, num_returns=len(pending), timeout=ROUND_S)
         for member in self.members:
             self._take_answer(member)
-        self._announce()
+            self._check_hung(member)
+        self._announcer.announce(self.members)
         time.sleep(max(0.0, ROUND_S - (time.monotonic() - began)))
 
     def _take_answer(self, member: Member) -> None:
         try:
-            status: Status = ray.get(member.pending, timeout=0)
+            answer: Answer = ray.get(member.pending, timeout=0)
         except GetTimeoutError:
             return
         except RuntimeEnvSetupError as error:
-            raise StartError(f"{member.seat.name}: Ray could not set up its environment: {error}") from error
-        except RayActorError:
+            member.pending = None
+            if not self.started:
+                raise StartError(f"{member.name}: Ray could not set up its environment: {error}") from error
+            self._gone(member, f"Ray could not set up its environment: {error}")
+            return
+        except RayActorError as error:
             member.pending = None
             self._lost(member)
+            if isinstance(error, ActorDiedError):
+                self._gone(member, "Ray has given it up")
             return
-        member.pending = None
-        for line in status.lines:
-            self._tell(f"{member.seat.name}: {line.removeprefix(f'{member.seat.role}: ')}")
-        member.next_line = status.next_line
+        member.pending = member.gone_since = None
+        self._take_status(member, answer)
+
+    def _take_status(self, member: Member, answer: Answer) -> None:
+        status = answer.status
         if status.state is State.IDLE and member.state not in (None, State.IDLE):
             self._lost(member)
+        for line in status.lines:
+            self._tell(f"{member.name}: {line.removeprefix(f'{member.role}: ')}")
+        member.next_line, member.info = status.next_line, answer.info
+        if status.load is not None:
+            member.load = status.load
+            member.rate.note(time.monotonic(), status.load.tokens)
         before, member.state = member.state, status.state
         if status.state is State.READY and before is not State.READY:
-            member.address, member.http, member.failures = status.address, status.http, 0
+            member.address, member.http, member.failures, member.error = status.address, status.http, 0, ""
             http = f", http://{status.http}" if status.http else ""
-            self._tell(f"{member.seat.name}: ready at {status.address}{http}")
+            self._tell(f"{member.name}: ready at {status.address}{http}")
+            if self.started and (problem := self._unreachable(member)):
+                self._tell(problem)
         elif status.state is State.FAILED and before is not State.FAILED:
             self._failed(member, status)
-        elif status.state is State.IDLE and time.monotonic() >= member.not_before:
+        elif status.state is State.IDLE and time.monotonic() >= member.not_before and member.leaving is None:
             self._serve(member)
 
     def _serve(self, member: Member) -> None:
-        self._tell(f"{member.seat.name}: importing")
-        config = member.seat.config
-        if member.seat.role == "gateway":
+        self._tell(f"{member.name}: importing")
+        config = self.roster.assign(member)
+        if member.role == "gateway":
             # Clients know a gateway by its addresses: one that comes back takes the ports that it had.
             for field, address in (("gateway.grpc_port", member.address), ("gateway.http_port", member.http)):
                 config = config.override(**{field: int(address.rpartition(":")[2]) if address else None})
-        member.actor.start.remote(config, member.seat.cores)
-        if member.seat.role == "gateway":
-            member.actor.update_workers.remote(*self._announced)
+        member.actor.start.remote(config, member.cores)
         member.state = State.LOADING
+        if member.role == "gateway":
+            self._announcer.tell(member)
 
     def _lost(self, member: Member) -> None:
         """Its process has died; Ray is bringing up a new one, which will be idle."""
-        if member.state not in (None, State.IDLE):
-            self._tell(f"{member.seat.name}: its process died; Ray starts it again")
-            member.deaths += 1
-            self._delay(member)
-        member.state, member.next_line = State.IDLE, 0
+        if member.info is not None:
+            self._tell(f"{member.name}: its process died; Ray starts it again")
+            member.note_death("its process died")
+
+    def _gone(self, member: Member, reason: str) -> None:
+        """Ray will not bring it back: another actor takes its place."""
+        now = time.monotonic()
+        member.error = reason
+        member.gone_since = member.gone_since or now
+        if now - member.gone_since > GONE_S and member.leaving is None:
+            self._tell(f"{member.name}: {reason}; a new one takes its place")
+            self.roster.renew(member)
+
+    def _check_hung(self, member: Member) -> None:
+        """Kills a process that has answered before and does so no longer; loading may take it as long as starting."""
+        ray_config = self.roster.plan.config.ray
+        patience_s = ray_config.hung_after_s
+        if not member.ready:
+            patience_s = max(patience_s, ray_config.start_timeout_s)
+        if member.info is not None and member.silent_s(time.monotonic()) > patience_s:
+            self._tell(f"{member.name}: no answer for {patience_s:g} s (ray.hung_after_s); its process is killed")
+            self._restart_process(member, "it hung")
+
+    def _tell_waiting(self, member: Member) -> None:
+        """Says now and then what keeps one from coming back, or from coming."""
+        now = time.monotonic()
+        if member.info is None and member.leaving is None and now > member.told_waiting + WAITING_LINE_S:
+            member.told_waiting = now
+            self._tell(f"{member.name}: waits {member.detail(now)}; {_resources(self.members)}")
 
     def _failed(self, member: Member, status: Status) -> None:
-        if not member.address:
-            raise StartError(f"{member.seat.name}: {status.error}", user_error=status.user_error)
-        self._tell(f"{member.seat.name}: failed: {status.error}")
+        if not self.started:
+            raise StartError(f"{member.name}: {status.error}", user_error=status.user_error)
+        member.error = status.error
+        self._tell(f"{member.name}: failed: {status.error}")
 
-    def _restart_process(self, member: Member) -> None:
-        """A failed role gets a new process: its old one may hold memory, threads and sockets."""
+    def _restart_process(self, member: Member, reason: str) -> None:
+        """It gets a new process: the old one may hold memory, threads and sockets, or hang."""
         ray.kill(member.actor, no_restart=False)
-        member.state, member.pending, member.next_line = State.IDLE, None, 0
-        self._delay(member)
+        member.pending = None
+        member.note_death(reason)
 
-    def _delay(self, member: Member) -> None:
-        first, longest = RESTART_DELAYS_S
-        delay = 0.0 if member.failures == 0 else min(longest, first * 2 ** (member.failures - 1))
-        member.failures += 1
-        member.not_before = time.monotonic() + delay
-
-    def _announce(self) -> None:
-        """Tells the gateways where the workers are, when that has changed."""
-        addresses = self._worker_addresses()
-        if addresses == self._announced:
-            return
-        self._announced = addresses
-        for gateway in self._of("gateway"):
-            if gateway.state in (State.LOADING, State.READY):
-                gateway.actor.update_workers.remote(*addresses)
-
-    def _check_hosts(self) -> None:
-        """A worker on the loopback interface cannot be reached from another node."""
-        infos = ray.get([member.actor.info.remote() for member in self.members], timeout=INFO_TIMEOUT_S)
-        if len({info.node_ip for info in infos}) == 1:
-            return
-        for member, info in zip(self.members, infos, strict=True):
-            known = member.address.rpartition(":")[0] == info.node_ip  # what other nodes call this one by
-            if member.seat.role != "gateway" and member.address.startswith(LOOPBACK_PREFIXES) and not known:
-                raise StartError(
-                    f"{member.seat.role}.host: {member.address} cannot be reached from the other nodes; use 0.0.0.0",
-                    user_error=True,
-                )
-
-    def _worker_addresses(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        prefill, decode = (tuple(m.address for m in self._of(role) if m.address) for role in ("prefill", "decode"))
-        return prefill, decode
-
-    def _of(self, role: str) -> list[Member]:
-        return [member for member in self.members if member.seat.role == role]
+    def _unreachable(self, member: Member) -> str:
+        """A worker on the loopback interface cannot be reached from another node; empty where all is well."""
+        nodes = {other.info.node_ip for other in self.members if other.info}
+        assert member.info
+        known = member.address.rpartition(":")[0] == member.info.node_ip  # what other nodes call this one by
+        if len(nodes) > 1 and member.role != "gateway" and member.address.startswith(LOOPBACK_PREFIXES) and not known:
+            return f"{member.role}.host: {member.address} cannot be reached from the other nodes; use 0.0.0.0"
+        return ""
 
 
-def _resources(seats: Sequence[Seat]) -> str:
+def _resources(members: Sequence[Member]) -> str:
     free, total = ray.available_resources(), ray.cluster_resources()
-    claims = needed_resources(seats).items()
+    claims = needed_resources([member.seat for member in members]).items()
     have = ", ".join(
         f"{count:g} {kind} ({free.get(kind, 0):g} of {total.get(kind, 0):g} are free)" for kind, count in claims
     )

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import ray
 
 from branchline.client import Client
-from branchline.config import Config, ConfigError
+from branchline.config import Config
 from branchline.engine.models.locate import locate_draft, locate_model
-from cluster.placement import Seat, needed_cpus, needed_gpus, plan
+from cluster.placement import Plan, needed_resources
 from cluster.session import joined_ray, local_env, local_ray
 from cluster.supervisor import StartError, StartInterruptedError, Supervisor
 
@@ -60,36 +60,31 @@ def running_system(
             # Here rather than in the workers, which would do it too: a mistake shows before anything is started.
             locate_model(config.model.model, report)
             locate_draft(config.model.draft, config.model.model, report)
-            seats = plan(config, sorted(os.sched_getaffinity(0)))
-            _check_resources(seats)
-            session = stack.enter_context(local_ray(needed_cpus(seats), report, verbose=verbose))
+            plan = Plan(config, tuple(sorted(os.sched_getaffinity(0))))
+            needed = needed_resources(plan.first())
+            session = stack.enter_context(local_ray(needed["CPU"], report, verbose=verbose))
             env |= local_env(environ, session)
-            _check_gpus(seats)
+            _check_gpus(needed["GPU"])
         else:
-            seats = plan(config)
+            plan = Plan(config)
+            plan.check()
             stack.enter_context(joined_ray(config.ray.address, report, in_job=in_job, verbose=verbose))
-        yield stack.enter_context(_supervised(config, seats, env, report, stopping, JOB_GRACE_S if in_job else GRACE_S))
+        yield stack.enter_context(_supervised(config, plan, env, report, stopping, JOB_GRACE_S if in_job else GRACE_S))
 
 
-def _check_resources(seats: list[Seat]) -> None:
-    for seat in seats:
-        if seat.resource:
-            raise ConfigError(f"{seat.role}.resource: a Ray that is started here offers no {seat.resource!r}")
-
-
-def _check_gpus(seats: list[Seat]) -> None:
+def _check_gpus(needed: float) -> None:
     """No node will ever join a local Ray, so that waiting for a GPU would be in vain."""
-    needed, present = needed_gpus(seats), ray.cluster_resources().get("GPU", 0)
+    present = ray.cluster_resources().get("GPU", 0)
     if needed > present:
         raise StartError(f"num_gpus: the system claims {needed:g} GPUs, this machine has {present:g}", user_error=True)
 
 
 @contextlib.contextmanager
 def _supervised(
-    config: Config, seats: list[Seat], env: Mapping[str, str], report: Report, stopping: Stopping, grace_s: float
+    config: Config, plan: Plan, env: Mapping[str, str], report: Report, stopping: Stopping, grace_s: float
 ) -> Iterator[System]:
     deadline = time.monotonic() + config.ray.start_timeout_s
-    supervisor = Supervisor(seats, env, report)
+    supervisor = Supervisor(plan, env, report)
     try:
         gateways = supervisor.start(config.ray.start_timeout_s, stopping)
         # With TLS the launcher is no client that a gateway would let in, but then its actor's word has to do: it calls

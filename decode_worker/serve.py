@@ -17,8 +17,9 @@ from branchline.observe.tracing import tracing
 from branchline.v1 import decode_pb2_grpc
 from branchline.wire.server import RpcServer
 from branchline.wire.tls import ServerFiles, inside_files, server_credentials
+from branchline.workload import Workload, nobody
 from decode_worker.engine_loop import DecodeLoop
-from decode_worker.leases import LeaseTable
+from decode_worker.leases import LeaseState, LeaseTable
 from decode_worker.metrics import decode_registry
 from decode_worker.service import PARSERS, SERVICE, DecodeService
 from decode_worker.sessions import Sessions
@@ -35,11 +36,12 @@ async def serve(
     ready: Callable[[str], None],
     stop: asyncio.Event,
     progress: Callable[[str], None] = logger.info,
+    on_load: Callable[[Callable[[], Workload]], None] = nobody,
 ) -> None:
     """Loads the models, calls `ready("HOST:PORT")`, serves until `stop` is set, frees everything and returns.
 
-    Raises ConfigError, ModelError or BindError when it can't start, and what the engine raised when that failed
-    for good.
+    `on_load` gets, before that, what tells the worker's load, to be called on this event loop. Raises ConfigError,
+    ModelError or BindError when it can't start, and what the engine raised when that failed for good.
     """
 
     def build() -> DecodeLoop:
@@ -52,7 +54,7 @@ async def serve(
     server_credentials(files)  # a mistake is told at once
     async with hosted_engine("decode-engine", build, stop) as host:
         if host is not None:
-            await _serve(config, host, ready, progress, files)
+            await _serve(config, host, ready, progress, files, on_load)
 
 
 async def _serve(
@@ -61,10 +63,12 @@ async def _serve(
     ready: Callable[[str], None],
     progress: Callable[[str], None],
     files: ServerFiles | None,
+    on_load: Callable[[Callable[[], Workload]], None],
 ) -> None:
     own = config.decode
     table = LeaseTable(incarnation=secrets.token_hex(8), ttl_s=own.lease_ttl_s)
     sessions = Sessions(host.thread, host.engine, table)
+    on_load(lambda: _workload(sessions))
     async with tracing(config.tracing, "decode", table.incarnation) as tracer:
         server = RpcServer(own.host, own.port, server_credentials(files))
         service = DecodeService(sessions, tracer)
@@ -85,3 +89,17 @@ async def _expire(sessions: Sessions) -> None:
     while True:
         await asyncio.sleep(sessions.table.ttl_s / 10)
         sessions.live.expire()
+
+
+def _workload(sessions: Sessions) -> Workload:
+    engine, waiting = sessions.engine, len(sessions.waiting)
+    return Workload(
+        running=sessions.table.count(LeaseState.RUNNING),
+        queued=waiting,
+        unfinished=len(sessions.table) + waiting,
+        blocks_used=engine.runner.pool.used,
+        blocks_total=engine.runner.pool.total,
+        tokens=sessions.totals.emitted_tokens,
+        speculation=sessions.totals.speculation,
+        fingerprint=engine.models.fingerprint,
+    )

@@ -119,7 +119,11 @@ class Door:
         self._quotas: dict[str, Quota] = {}
         self._max_requests = config.max_requests
         self._visits: dict[str, Visit] = {}
-        self._closed = False
+        self._closed = self._drains = False
+
+    def drain(self) -> None:
+        """Nobody comes in any more to generate: another gateway may serve them. Who is inside stays."""
+        self._drains = True
 
     def close(self) -> None:
         """Nobody comes in any more, and who is inside is told to go: another gateway may serve them."""
@@ -163,6 +167,8 @@ class Door:
         """Lets a guest in who wants to generate for so many prompts. Raises RpcFailure when there is no room, or
         InvalidRequestError when there can't be any for so many.
         """
+        if self._drains:
+            raise self._stopping()
         active = self.active_requests
         if active + requests > self._max_requests:
             raise RpcFailure(

@@ -77,8 +77,9 @@ class WorkerPool:
         #: Since when there has been no healthy prefill or no healthy decode worker; None while there are both.
         self.lacking_since: float | None = time.monotonic()
 
-    def update(self, prefill: Sequence[str], decode: Sequence[str]) -> None:
-        """Replaces the addresses. Workers at addresses that stay keep their requests; those of others fail over.
+    def update(self, prefill: Sequence[str], decode: Sequence[str], draining: Sequence[str] = ()) -> None:
+        """Replaces the addresses. Workers at addresses that stay keep their requests; those of others fail over. Of
+        these, workers at addresses that are `draining` are chosen for no new request.
 
         Thread-safe; takes effect soon. Raises InvalidRequestError for an address that is not HOST:PORT.
         """
@@ -86,7 +87,7 @@ class WorkerPool:
         for _, address in wanted:
             _check_address(address)
         if not self._closed:
-            self._loop.call_soon_threadsafe(self._replace, wanted)
+            self._loop.call_soon_threadsafe(self._replace, wanted, frozenset(draining))
 
     async def close(self) -> None:
         """Stops polling and closes all channels."""
@@ -122,7 +123,7 @@ class WorkerPool:
         return max(1, min(sizes, default=1))
 
     def pairs(self) -> Pairs:
-        """All pairs of healthy workers with equal fingerprints."""
+        """All pairs of healthy workers with equal fingerprints, those that drain left out."""
         fitting, misfit = [], ""
         for prefill in self._healthy(Role.PREFILL):
             for decode in self._healthy(Role.DECODE):
@@ -166,9 +167,9 @@ class WorkerPool:
             await asyncio.wait_for(changed.wait(), timeout_s)
 
     def _healthy(self, role: Role) -> list[Worker]:
-        return [worker for worker in self.workers if worker.role is role and worker.healthy]
+        return [w for w in self.workers if w.role is role and w.healthy and not w.draining]
 
-    def _replace(self, wanted: list[tuple[Role, str]]) -> None:
+    def _replace(self, wanted: list[tuple[Role, str]], draining: frozenset[str] = frozenset()) -> None:
         if self._closed:
             wanted = []
         for key in [key for key in self._workers if key not in wanted]:
@@ -182,6 +183,7 @@ class WorkerPool:
                 poke = asyncio.Event()
                 task = self._background.spawn(self._watch(worker, poke), f"watch {worker}")
                 self._watches[worker] = _Watch(task, poke)
+            self._workers[role, address].draining = address in draining
         self._note_health()
 
     async def _watch(self, worker: Worker, poke: asyncio.Event) -> None:

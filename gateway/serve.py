@@ -7,6 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from branchline.observe.exposition import exposed
 from branchline.observe.tracing import Tracer, tracing
 from branchline.wire.server import RpcServer, is_loopback
 from branchline.wire.tls import ServerFiles, channel_tls, outside_files, server_context, server_credentials
+from branchline.workload import Workload, nobody
 from gateway.backend import Backend
 from gateway.background import Background
 from gateway.desk import Desk
@@ -38,8 +40,16 @@ def _silent(_line: str) -> None:
     pass
 
 
-def _nobody(_pool: WorkerPool) -> None:
-    pass
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What whoever runs the gateway is handed as soon as it exists."""
+
+    #: The pool of workers, whose `update` may be called from any thread when addresses change.
+    on_pool: Callable[[WorkerPool], None] = nobody
+    #: What tells the gateway's load, and what makes it drain: it lets nobody in to generate any more, and serves those
+    #: inside. Both to be called on this event loop.
+    on_load: Callable[[Callable[[], Workload]], None] = nobody
+    on_drain: Callable[[Callable[[], None]], None] = nobody
 
 
 async def serve(
@@ -48,17 +58,18 @@ async def serve(
     ready: Callable[..., None],
     stop: asyncio.Event,
     progress: Callable[[str], None] = _silent,
-    on_pool: Callable[[WorkerPool], None] = _nobody,
+    on_pool: Callable[[WorkerPool], None] = nobody,
+    on_load: Callable[[Callable[[], Workload]], None] = nobody,
+    on_drain: Callable[[Callable[[], None]], None] = nobody,
 ) -> None:
     """Serves until `stop` is set; calls `ready("HOST:PORT")` when the first request can be answered, with the address
     of the HTTP API as a second argument if it is served.
 
-    `on_pool` gets the pool of workers as soon as it exists: its `update` may then be called from any thread when
-    addresses change. Raises ConfigError, ModelError, BindError, WorkersNotReadyError, or InvalidRequestError for an
-    address of a worker that is not HOST:PORT. Everything is closed when it returns or raises.
+    The hooks are those of `Hooks`. Raises ConfigError, ModelError, BindError, WorkersNotReadyError, or InvalidRequestError for
+    an address of a worker that is not HOST:PORT. Everything is closed when it returns or raises.
     """
     async with tracing(config.tracing, "gateway", secrets.token_hex(8)) as tracer:
-        await _serve(config, tracer, ready, stop, progress, on_pool)
+        await _serve(config, tracer, ready, stop, progress, Hooks(on_pool, on_load, on_drain))
 
 
 async def _serve(
@@ -67,7 +78,7 @@ async def _serve(
     ready: Callable[..., None],
     stop: asyncio.Event,
     progress: Callable[[str], None],
-    on_pool: Callable[[WorkerPool], None],
+    hooks: Hooks,
 ) -> None:
     settings = config.gateway
     # First, so that a mistake is told at once.
@@ -87,7 +98,9 @@ async def _serve(
         background.spawn(keyring.watch(desk.door.keys_changed), "watch keys")
     try:
         backend.pool.update(config.gateway.prefill_workers, config.gateway.decode_workers)
-        on_pool(backend.pool)
+        hooks.on_pool(backend.pool)
+        hooks.on_load(lambda: _workload(desk, backend))
+        hooks.on_drain(desk.door.drain)
         async with exposed(desk.registry, settings.host, settings.metrics_port, progress, files):
             if await _workers_ready(backend.pool, stop, config.ray.start_timeout_s, progress):
                 addresses = [await server.start()] + ([await http.start()] if http else [])
@@ -101,6 +114,11 @@ async def _serve(
         await server.stop(grace_s=0)
         await backend.close()
         tokens.close()
+
+
+def _workload(desk: Desk, backend: Backend) -> Workload:
+    active, waiting = desk.door.active_requests, backend.placer.waiting
+    return Workload(running=max(0, active - waiting), queued=waiting, unfinished=active)
 
 
 def _warn_of_openness(config: Config) -> None:

@@ -58,6 +58,8 @@ class Worker:
         self.address = address
         self.status: WorkerStatus | None = None
         self.healthy = False
+        #: It finishes what it has and is given nothing new.
+        self.draining = False
         self.in_flight = 0
         self.waiting_tokens = 0
         self.others = 0

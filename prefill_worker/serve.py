@@ -16,6 +16,7 @@ from branchline.observe.tracing import tracing
 from branchline.v1 import prefill_pb2_grpc
 from branchline.wire.server import RpcServer
 from branchline.wire.tls import ServerFiles, channel_tls, inside_files, server_credentials
+from branchline.workload import Workload, nobody
 from prefill_worker.channels import DecodeChannels
 from prefill_worker.engine_loop import PrefillLoop
 from prefill_worker.service import SERVICE, PrefillService
@@ -32,11 +33,12 @@ async def serve(
     ready: Callable[[str], None],
     stop: asyncio.Event,
     progress: Callable[[str], None] = logger.info,
+    on_load: Callable[[Callable[[], Workload]], None] = nobody,
 ) -> None:
     """Loads the models, calls `ready("HOST:PORT")`, serves until `stop` is set, frees everything and returns.
 
-    Raises ConfigError, ModelError or BindError when it can't start, and what the engine raised when that failed
-    for good.
+    `on_load` gets, before that, what tells the worker's load, to be called on this event loop. Raises ConfigError,
+    ModelError or BindError when it can't start, and what the engine raised when that failed for good.
     """
 
     def build() -> PrefillLoop:
@@ -48,7 +50,7 @@ async def serve(
     channels = DecodeChannels(config.transfer.streams, channel_tls(config.security.inside))
     async with hosted_engine("prefill-engine", build, stop) as host:
         if host is not None:
-            await _serve(config, host, ready, progress, files, channels)
+            await _serve(config, host, ready, progress, files, channels, on_load)
 
 
 async def _serve(
@@ -58,10 +60,12 @@ async def _serve(
     progress: Callable[[str], None],
     files: ServerFiles | None,
     channels: DecodeChannels,
+    on_load: Callable[[Callable[[], Workload]], None],
 ) -> None:
     incarnation, own = secrets.token_hex(8), config.prefill
     async with tracing(config.tracing, "prefill", incarnation) as tracer:
         service = PrefillService(host.thread, host.engine, incarnation, own.lease_ttl_s, channels, tracer)
+        on_load(service.workload)
         server = RpcServer(own.host, own.port, server_credentials(files))
         server.add(SERVICE, service, prefill_pb2_grpc.add_PrefillServiceServicer_to_server)
         try:

@@ -19,6 +19,7 @@ from branchline.observe.tracing import NoTracer, Span, Tracer, Value, trace_cont
 from branchline.v1 import decode_pb2, prefill_pb2, prefill_pb2_grpc
 from branchline.wire.convert import fingerprint_to_proto, finish_reason_to_proto, logprobs_to_proto, request_from_proto
 from branchline.wire.transfer import Transport
+from branchline.workload import Workload
 from prefill_worker.channels import DecodeChannels
 from prefill_worker.engine_loop import Failed, FirstToken, PrefillLoop
 from prefill_worker.handoff import HandoffSender
@@ -119,6 +120,18 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             queued=self._requests,
             tasks=self._requests + len(self._shipping),
             prefilled_tokens=engine.prefilled_tokens,
+        )
+
+    def workload(self) -> Workload:
+        """On the service's event loop."""
+        pool = self._engine.runner.pool
+        return Workload(
+            running=self._requests,
+            unfinished=self._requests + len(self._shipping),
+            blocks_used=pool.used,
+            blocks_total=pool.total,
+            tokens=self._engine.prefilled_tokens,
+            fingerprint=self._engine.models.fingerprint,
         )
 
     @contextlib.asynccontextmanager

@@ -11,13 +11,21 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from branchline.config import Config, ConfigError
+from branchline.workload import Workload
 
 
 async def worker(
-    _config: Config, *, ready: Callable[[str], None], stop: asyncio.Event, progress: Callable[[str], None]
+    _config: Config,
+    *,
+    ready: Callable[[str], None],
+    stop: asyncio.Event,
+    progress: Callable[[str], None],
+    on_load: Callable[[Callable[[], Workload]], None],
 ) -> None:
     """Serves only the health service."""
     progress(f"loading with {os.environ['OMP_NUM_THREADS']} threads, {os.environ['OMP_WAIT_POLICY']}")
+    busy = os.environ.get("BRANCHLINE_TEST_BUSY", "")  # a file: while it exists there is something to finish
+    on_load(lambda: Workload(unfinished=int(bool(busy) and os.path.exists(busy))))
     await _serve_health("127.0.0.1", 0, ready, stop)
 
 
@@ -28,11 +36,15 @@ async def gateway(
     stop: asyncio.Event,
     progress: Callable[[str], None],
     on_pool: Callable[[Pool], None],
+    on_load: Callable[[Callable[[], Workload]], None],
+    on_drain: Callable[[Callable[[], None]], None],
 ) -> None:
     """Serves only the health service, on its own port, and says what workers it is given."""
     pool = Pool(progress)
     pool.update(config.gateway.prefill_workers, config.gateway.decode_workers)
     on_pool(pool)
+    on_load(Workload)
+    on_drain(lambda: progress("drains"))
     await _serve_health(config.gateway.host, config.gateway.grpc_port, ready, stop)
 
 
@@ -42,8 +54,9 @@ class Pool:
     def __init__(self, progress: Callable[[str], None]) -> None:
         self._progress = progress
 
-    def update(self, prefill: Sequence[str], decode: Sequence[str]) -> None:
-        self._progress(f"workers {' '.join(prefill)} | {' '.join(decode)}")
+    def update(self, prefill: Sequence[str], decode: Sequence[str], draining: Sequence[str] = ()) -> None:
+        leaving = f" | {' '.join(draining)} drain" if draining else ""
+        self._progress(f"workers {' '.join(prefill)} | {' '.join(decode)}{leaving}")
 
 
 async def misconfigured(_config: Config, **_arguments: Any) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from branchline.config import Config, ConfigError
 from cluster.actors import reachable
-from cluster.placement import Seat, needed_cpus, needed_gpus, needed_resources, plan
+from cluster.placement import Seat, needed_resources, plan
 
 
 def seats(cores: range = range(0), **flags: object) -> dict[str, Seat]:
@@ -17,7 +17,7 @@ def seats(cores: range = range(0), **flags: object) -> dict[str, Seat]:
 
 def test_workers_come_before_gateways() -> None:
     names = list(seats(**{"prefill.replicas": 2, "gateway.replicas": 2}))
-    assert names == ["prefill 0", "prefill 1", "decode 0", "gateway 0", "gateway 1"]
+    assert names == ["prefill-0", "prefill-1", "decode-0", "gateway-0", "gateway-1"]
 
 
 def test_few_cores_are_shared() -> None:
@@ -33,17 +33,17 @@ def test_each_worker_gets_cores_of_its_own(cores: int, replicas: tuple[int, int]
     workers = [seat for seat in placed.values() if seat.role != "gateway"]
     assert sorted(itertools.chain.from_iterable(seat.cores for seat in workers)) == list(range(cores))
     assert all(seat.config.engine.threads == len(seat.cores) >= 1 for seat in workers)
-    assert placed["gateway 0"].cores == ()
+    assert placed["gateway-0"].cores == ()
 
 
 def test_cores_follow_num_cpus() -> None:
     placed = seats(range(8), **{"prefill.num_cpus": 1, "decode.num_cpus": 3})
-    assert (placed["prefill 0"].cores, placed["decode 0"].cores) == ((0, 1), (2, 3, 4, 5, 6, 7))
+    assert (placed["prefill-0"].cores, placed["decode-0"].cores) == ((0, 1), (2, 3, 4, 5, 6, 7))
 
 
 def test_workers_on_gpus_are_not_pinned() -> None:
     placed = seats(range(8), **{"prefill.num_gpus": 1, "decode.num_gpus": 0})
-    assert (placed["prefill 0"].cores, placed["decode 0"].cores) == ((), tuple(range(8)))
+    assert (placed["prefill-0"].cores, placed["decode-0"].cores) == ((), tuple(range(8)))
 
 
 def test_cuda_without_a_claim_is_refused() -> None:
@@ -53,33 +53,33 @@ def test_cuda_without_a_claim_is_refused() -> None:
 
 def test_on_a_shared_ray_threads_follow_the_claim() -> None:
     placed = seats(**{"decode.num_cpus": 6.5, "prefill.num_cpus": 0.5})
-    assert placed["decode 0"].config.engine.threads == 6
-    assert placed["prefill 0"].config.engine.threads == 1
+    assert placed["decode-0"].config.engine.threads == 6
+    assert placed["prefill-0"].config.engine.threads == 1
 
 
 def test_a_fixed_thread_count_stays() -> None:
     placed = seats(range(8), **{"engine.threads": 3})
-    assert [placed[name].config.engine.threads for name in ("prefill 0", "decode 0", "gateway 0")] == [3, 3, 1]
+    assert [placed[name].config.engine.threads for name in ("prefill-0", "decode-0", "gateway-0")] == [3, 3, 1]
 
 
 def test_fixed_ports_count_up_and_zero_stays() -> None:
     placed = seats(**{"decode.port": 7000, "decode.replicas": 2, "gateway.grpc_port": 8000, "gateway.replicas": 2})
-    assert (placed["decode 0"].config.decode.port, placed["decode 1"].config.decode.port) == (7000, 7001)
-    assert (placed["gateway 0"].config.gateway.grpc_port, placed["gateway 1"].config.gateway.grpc_port) == (8000, 8001)
-    assert placed["prefill 0"].config.prefill.port == 0
+    assert (placed["decode-0"].config.decode.port, placed["decode-1"].config.decode.port) == (7000, 7001)
+    assert (placed["gateway-0"].config.gateway.grpc_port, placed["gateway-1"].config.gateway.grpc_port) == (8000, 8001)
+    assert placed["prefill-0"].config.prefill.port == 0
     for port, expected in ((-1, [-1, -1]), (0, [0, 0]), (9000, [9000, 9001])):
         placed = seats(**{"gateway.http_port": port, "gateway.replicas": 2})
-        assert [placed[f"gateway {index}"].config.gateway.http_port for index in range(2)] == expected
+        assert [placed[f"gateway-{index}"].config.gateway.http_port for index in range(2)] == expected
 
 
 def test_with_a_resource_of_its_own_each_worker_has_the_same_port() -> None:
     placed = seats(**{"decode.port": 7000, "decode.replicas": 2, "decode.resource": "decoder", "prefill.port": 8000})
-    assert [placed[f"decode {index}"].config.decode.port for index in range(2)] == [7000, 7000]
+    assert [placed[f"decode-{index}"].config.decode.port for index in range(2)] == [7000, 7000]
     both: dict[str, object] = {"gateway.grpc_port": 8000, "gateway.http_port": 9000, "gateway.replicas": 2}
     gateways = seats(**both, **{"gateway.resource": "door"})
     ports = [(seat.config.gateway.grpc_port, seat.config.gateway.http_port) for seat in list(gateways.values())[-2:]]
     assert ports == [(8000, 9000)] * 2
-    assert [placed[name].resource for name in ("prefill 0", "decode 0", "decode 1", "gateway 0")] == [
+    assert [placed[name].claims.resource for name in ("prefill-0", "decode-0", "decode-1", "gateway-0")] == [
         *("", "decoder", "decoder", ""),
     ]
     assert needed_resources(list(placed.values())) == {"CPU": 4, "GPU": 0, "decoder": 2}
@@ -87,7 +87,7 @@ def test_with_a_resource_of_its_own_each_worker_has_the_same_port() -> None:
 
 def test_claims_add_up() -> None:
     placed = list(seats(**{"prefill.replicas": 2, "prefill.num_gpus": 0.5, "decode.num_cpus": 4}).values())
-    assert (needed_cpus(placed), needed_gpus(placed)) == (7, 1)
+    assert needed_resources(placed) == {"CPU": 7, "GPU": 1}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,42 @@
+"""The section `ray` of the configuration, where processes run and when they count as hung; what roles claim."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from branchline.config_base import require, require_choice
+
+PLACEMENTS = ("none", "spread", "pack")
+#: `key=value`; Ray itself knows which values there are.
+_LABEL = re.compile(r"[^=\s]+=[^=]+")
+
+
+@dataclass(frozen=True)
+class RayConfig:
+    """`address` empty starts a local Ray; `auto` or HOST:PORT joins one."""
+
+    address: str = ""
+    start_timeout_s: float = 300.0
+    #: Seconds without an answer after which a process that has answered before counts as hung and is replaced.
+    hung_after_s: float = 30.0
+    #: Placement groups for the first workers: `spread` puts decode workers on different nodes as far as there are
+    #: enough, `pack` each pair of a prefill and a decode worker on one node, `none` leaves it to Ray.
+    placement: str = "none"
+    #: Give each CPU worker cores of its own on its node, as many as it claims, while there are enough. Two systems on
+    #: the same nodes don't know of each other's cores: turn it off there.
+    pin_cores: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("start_timeout_s", "hung_after_s"):
+            require(getattr(self, name) > 0, f"ray.{name}: must be positive, got {getattr(self, name):g}")
+        require_choice("ray.placement", self.placement, PLACEMENTS)
+
+
+def require_claims(prefix: str, memory_mib: int, labels: tuple[str, ...]) -> None:
+    """Raises ConfigError, naming the field with `prefix` before it."""
+    require(memory_mib >= 0, f"{prefix}memory_mib: must not be negative, got {memory_mib}")
+    for label in labels:
+        require(bool(_LABEL.fullmatch(label)), f"{prefix}labels: must be key=value each, got {label!r}")
+    keys = [label.partition("=")[0] for label in labels]
+    require(len(set(keys)) == len(keys), f"{prefix}labels: a key is named twice, got {list(labels)}")
