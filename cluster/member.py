@@ -22,7 +22,7 @@ RESTART_DELAYS_S = (1.0, 30.0)
 
 
 class Condition(enum.StrEnum):
-    """What `branchline status` calls a process; docs/operations.md has the meanings."""
+    """In a word, how a process is."""
 
     WAITING = "waiting"
     STARTING = "starting"

@@ -8,6 +8,7 @@ import pytest
 
 from branchline.config import Config, ConfigError
 from cluster.actors import reachable
+from cluster.cores import Cores
 from cluster.placement import Seat, needed_resources, plan
 
 
@@ -102,3 +103,16 @@ def test_ports_for_metrics_count_up_where_they_are_fixed() -> None:
     placed = seats(**{"decode.replicas": 2, "decode.metrics_port": 9100, "prefill.metrics_port": 0})
     ports = [getattr(seat.config, seat.role).metrics_port for seat in placed.values()]
     assert ports == [0, 9100, 9101, -1]
+
+
+def test_cores_are_given_once_and_come_back() -> None:
+    cores = Cores()
+    assert cores.take("a", "node", range(6), 4) == (0, 1, 2, 3)
+    assert cores.take("b", "node", range(6), 4) == (), "too few are left"
+    assert cores.take("b", "node", range(6), 2) == (4, 5)
+    assert cores.take("c", "other", range(6), 4) == (0, 1, 2, 3)
+    assert cores.take("d", "small", range(3), 1) == (), "three cores are shared by all"
+    assert cores.take("a", "other", range(6), 2) == (4, 5), "restarted elsewhere"
+    for name in "abc":
+        cores.give_back(name)
+    assert cores.given == 0
