@@ -66,7 +66,8 @@ async def serve(
     of the HTTP API as a second argument if it is served.
 
     The hooks are those of `Hooks`. Raises ConfigError, ModelError, BindError, WorkersNotReadyError, or
-    InvalidRequestError for an address of a worker that is not HOST:PORT. Everything is closed when it returns or raises.
+    InvalidRequestError for an address of a worker that is not HOST:PORT. Everything is closed when it returns or
+    raises.
     """
     async with tracing(config.tracing, "gateway", secrets.token_hex(8)) as tracer:
         await _serve(config, tracer, ready, stop, progress, Hooks(on_pool, on_load, on_drain))
