@@ -17,7 +17,7 @@ from typing import Any
 from branchline.config_base import ConfigError as ConfigError
 from branchline.config_base import require as _require
 from branchline.config_base import require_choice as _choice
-from branchline.config_cluster import RayConfig, require_claims
+from branchline.config_cluster import ControlConfig, RayConfig, require_claims
 from branchline.config_observe import LoggingConfig, TracingConfig, require_metrics_port
 from branchline.config_security import SecurityConfig
 
@@ -214,6 +214,7 @@ class Config:
     transfer: TransferConfig = field(default_factory=TransferConfig)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+    control: ControlConfig = field(default_factory=ControlConfig)
     tracing: TracingConfig = field(default_factory=TracingConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     security: SecurityConfig = field(default_factory=SecurityConfig)

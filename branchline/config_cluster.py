@@ -1,4 +1,4 @@
-"""The section `ray` of the configuration, where processes run and when they count as hung; what roles claim."""
+"""Where processes run and when they count as hung (`ray`), who may steer them (`control`), what roles claim."""
 
 from __future__ import annotations
 
@@ -31,6 +31,19 @@ class RayConfig:
         for name in ("start_timeout_s", "hung_after_s"):
             require(getattr(self, name) > 0, f"ray.{name}: must be positive, got {getattr(self, name):g}")
         require_choice("ray.placement", self.placement, PLACEMENTS)
+
+
+@dataclass(frozen=True)
+class ControlConfig:
+    """Where the launcher takes the commands `branchline status | scale | drain | stop`."""
+
+    #: On the loopback interface in plain text, for whoever is logged in there; elsewhere with `security.inside`.
+    host: str = "127.0.0.1"
+    #: 0 takes a free port, which the launcher tells; -1 none.
+    port: int = 0
+
+    def __post_init__(self) -> None:
+        require(-1 <= self.port <= 65535, f"control.port: must be between -1 and 65535, got {self.port}")
 
 
 def require_claims(prefix: str, memory_mib: int, labels: tuple[str, ...]) -> None:

@@ -15,8 +15,15 @@ _PUBLIC = "public"
 
 
 def add_access_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("access to the gateway").add_argument
-    add("--api-key-file", metavar="FILE", help=f"a file with the API key (default: ${KEY_VARIABLE}, or none)")
+    group = parser.add_argument_group("access to the gateway")
+    group.add_argument(
+        "--api-key-file", metavar="FILE", help=f"a file with the key (default: ${KEY_VARIABLE}, or none)"
+    )
+    add_tls_flags(group)
+
+
+def add_tls_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add(
         "--tls-ca",
         metavar="FILE",
@@ -24,12 +31,12 @@ def add_access_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--tls-certificate", metavar="FILE", help="with --tls-ca: the client's own certificate")
     add("--tls-key", metavar="FILE", help="and its key")
-    add("--tls-server-name", metavar="NAME", help="the name in the gateway's certificate, if it is not the host")
+    add("--tls-server-name", metavar="NAME", help="the name in the server's certificate, if it is not the host")
 
 
 def connect(target: str, arguments: argparse.Namespace, environ: Mapping[str, str]) -> Client:
     """A client as the flags say. Raises InvalidRequestError."""
-    return Client(target, api_key=_api_key(arguments.api_key_file, environ), tls=_tls(arguments))
+    return Client(target, api_key=_api_key(arguments.api_key_file, environ), tls=tls_of(arguments))
 
 
 def _api_key(path: str | None, environ: Mapping[str, str]) -> str | None:
@@ -44,7 +51,8 @@ def _api_key(path: str | None, environ: Mapping[str, str]) -> str | None:
         raise InvalidRequestError(f"--api-key-file: {path}: not UTF-8") from None
 
 
-def _tls(arguments: argparse.Namespace) -> Tls | None:
+def tls_of(arguments: argparse.Namespace) -> Tls | None:
+    """Raises InvalidRequestError."""
     more: dict[str, Any] = {
         name: value for name in ("certificate", "key", "server_name") if (value := getattr(arguments, f"tls_{name}"))
     }

@@ -1,6 +1,7 @@
-"""The command line: `branchline serve | generate | chat | info | explain | keys`.
+"""The command line: `branchline serve | status | scale | drain | stop | generate | chat | info | explain | keys`.
 
-Each command imports what it needs when it runs: `generate`, `chat` and `info` work where only the SDK is installed.
+Each command imports what it needs when it runs: those that talk to a running system work where only the SDK
+is installed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ EXIT_CODES = """exit codes:
   0    done
   1    another error
   2    wrong usage, configuration, model or request
-  3    no gateway or no worker that could serve, or no room
+  3    no gateway or no worker that could serve, no room, or no system that could be steered
   4    the deadline passed
   130  interrupted
 """
@@ -29,6 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from cluster import explain
 
         return explain.run(arguments)
+    if arguments.command in ("status", "scale", "drain", "stop"):
+        from cluster import operate
+
+        return operate.run(arguments)
     if arguments.command == "keys":
         from cluster import keys
 
@@ -41,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     from cluster.flags import add_model_flags, add_serve_flags
     from cluster.keys import add_keys_flags
+    from cluster.operate import add_operate_flags
     from cluster.options import add_option_flags, add_sample_flags
 
     parser = _with_exit_codes(
@@ -79,6 +85,15 @@ def _parser() -> argparse.ArgumentParser:
         "--json", action="store_true", help="print a JSON object for each step, and one for the totals"
     )
     add_model_flags(explain)
+
+    operating = {
+        "status": "the processes of a running system, and what they do",
+        "scale": "add workers and gateways, or take some away, while serving",
+        "drain": "end one process when it has finished what it has",
+        "stop": "end a running system",
+    }
+    for name, text in operating.items():
+        add_operate_flags(_command(commands, name, text), name)
 
     add_keys_flags(_command(commands, "keys", "API keys for the gateway"))
     return parser

@@ -23,7 +23,7 @@ from branchline.workload import Workload
 #: Seconds between two looks at a role's load.
 LOAD_INTERVAL_S = 0.25
 
-Hooks = dict[str, Callable[..., None]]
+Hooks = dict[str, Any]
 
 
 class State(enum.StrEnum):
@@ -78,7 +78,7 @@ class RoleThread:
         self._ask_load: Callable[[], Workload] | None = None
         self._load: Workload | None = None
 
-    def start(self, config: Config, cores: Sequence[int] = (), **hooks: Callable[..., None]) -> None:
+    def start(self, config: Config, cores: Sequence[int] = (), **hooks: Any) -> None:
         """Begins to serve, on the given cores if any; does nothing when it has begun already.
 
         `hooks` are further arguments of this role's `serve`.

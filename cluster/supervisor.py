@@ -9,17 +9,18 @@ want done is put into `orders`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RuntimeEnvSetupError
 
 from cluster import leaving
 from cluster.actors import Answer
+from cluster.hints import resources, unreachable
 from cluster.member import Member
 from cluster.news import Announcer
-from cluster.orders import Orders, RefusedError, UnknownError
-from cluster.placement import ROLES, Plan, needed_resources
+from cluster.orders import Orders
+from cluster.placement import Plan
 from cluster.roster import Roster
 from cluster.shell import State, Status
 
@@ -33,7 +34,6 @@ SILENCE_S = 5.0
 GONE_S = 5.0
 #: Seconds between two lines on an actor that waits for a process while the others serve.
 WAITING_LINE_S = 30.0
-LOOPBACK_PREFIXES = ("127.", "localhost:", "[::1]:")
 
 Report = Callable[[str], None]
 Stopping = Callable[[], bool]
@@ -58,8 +58,10 @@ class Supervisor:
         self.report = report
         self.roster = Roster(plan, env)
         self.orders = Orders()
+        self.began = time.monotonic()
         self.started = False
-        self.stop_asked = False
+        #: Seconds that requests have to end, once somebody has asked the system to stop.
+        self.stop_grace_s: float | None = None
         self._announcer = Announcer()
         self._last_news = time.monotonic()
 
@@ -73,7 +75,7 @@ class Supervisor:
         self.roster.fill()
         self._await_ready(deadline, stopping)
         for member in self.members:
-            if problem := self._unreachable(member):
+            if problem := unreachable(member, self.members):
                 raise StartError(problem, user_error=True)
         self.started = True
         return [gateway.address for gateway in self.roster.of("gateway")]
@@ -83,59 +85,34 @@ class Supervisor:
         """The addresses of the gateways' HTTP APIs, in the gateways' order; none where none is served."""
         return [gateway.http for gateway in self.roster.of("gateway") if gateway.http]
 
+    @property
+    def stopping(self) -> bool:
+        return self.stop_grace_s is not None
+
+    @property
+    def phase(self) -> str:
+        return "stopping" if self.stopping else "serving" if self.started else "starting"
+
+    def ask_to_stop(self, grace_s: float) -> None:
+        """Has `watch` return, and `start` give up."""
+        self.stop_grace_s = grace_s
+
     def watch(self, stopping: Stopping) -> None:
         """Keeps the system going until told to stop."""
-        while not stopping() and not self.stop_asked:
+        while not stopping() and not self.stopping:
             self.round()
 
     def round(self) -> None:
         """One look at every actor; restarts what has failed or hangs, tells gateways about new addresses, goes on with
         those that leave, and carries out orders.
         """
-        self._poll()
+        self.poll()
         for member in self.members:
             if member.state is State.FAILED and member.leaving is None:
                 self._restart_process(member, member.error)
             self._tell_waiting(member)
-        leaving.step(self.roster, self._announcer, self._tell)
+        leaving.step(self.roster, self._announcer, self.tell)
         self.orders.carry_out()
-
-    def scale(self, counts: Mapping[str, int], grace_s: float) -> tuple[list[str], list[str]]:
-        """Adds or drains until each role has that many; the names of those added, and of those that drain.
-
-        Those that are not ready go first, then those with the least to do, the youngest of several. Raises
-        RefusedError.
-        """
-        self._require_started()
-        for role, count in counts.items():
-            if role not in ROLES:
-                raise UnknownError(f"{role}: no such role, there are {', '.join(ROLES)}")
-            if count < 1:
-                raise RefusedError(f"{role}: must be at least 1, got {count}")
-        added, draining = [], []
-        for role, count in counts.items():
-            staying = self.roster.staying(role)
-            added += [self.roster.add(role).name for _ in range(count - len(staying))]
-            staying.sort(key=lambda m: (m.ready, m.load.unfinished if m.load else 0, -m.seat.index))
-            for member in staying[: max(0, len(staying) - count)]:
-                leaving.begin(member, grace_s)
-                draining.append(member.name)
-        self._tell(f"scaling: {', '.join(added) or 'none'} added, {', '.join(draining) or 'none'} to drain")
-        return added, draining
-
-    def drain(self, name: str, grace_s: float) -> None:
-        """Ends one, for good, when it has finished what it has, or after `grace_s` seconds. Raises RefusedError."""
-        self._require_started()
-        member = self.roster.find(name)
-        if member is None:
-            raise UnknownError(
-                f"{name}: there is none of that name; there are {', '.join(m.name for m in self.members)}"
-            )
-        others = [other for other in self.roster.of(member.role) if other is not member and other.serving]
-        if member.ready and not others:
-            raise RefusedError(f"{name}: it is the only {member.role} that is ready; scale up first")
-        leaving.begin(member, grace_s)
-        self._tell(f"{name}: drains, {grace_s:g} s at most")
 
     def close(self, grace_s: float) -> None:
         """Ends all actors, gateways first: politely within `grace_s` seconds in all, then by force."""
@@ -150,15 +127,11 @@ class Supervisor:
                     self.report(f"{stops[stop].name}: does not end in time; ended by force")
         self.roster.clear()
 
-    def _require_started(self) -> None:
-        if not self.started or self.stop_asked:
-            raise RefusedError(f"the system is {'stopping' if self.stop_asked else 'starting'}")
-
     def _await_ready(self, deadline: float, stopping: Stopping) -> None:
         while not all(member.ready for member in self.members):
-            if stopping() or self.stop_asked:
+            if stopping() or self.stopping:
                 raise StartInterruptedError
-            self._poll()
+            self.poll()
             self.orders.carry_out()
             for member in self.members:
                 self._check_start(member)
@@ -166,15 +139,15 @@ class Supervisor:
             if now > deadline:
                 raise StartError(f"not ready in time (ray.start_timeout_s): {self._awaited()}")
             if now > self._last_news + SILENCE_S:
-                self._tell(f"waiting for {self._awaited()}")
+                self.tell(f"waiting for {self._awaited()}")
 
     def _awaited(self) -> str:
         """Who is not ready, and what the cluster lacks for those who have no process yet."""
         late = [member for member in self.members if not member.ready]
         names = ", ".join(f"{m.name} ({m.state if m.info and m.state else 'no process yet'})" for m in late)
-        return names if all(member.info for member in late) else f"{names}; {_resources(self.members)}"
+        return names if all(member.info for member in late) else f"{names}; {resources(self.members)}"
 
-    def _tell(self, line: str) -> None:
+    def tell(self, line: str) -> None:
         self._last_news = time.monotonic()
         self.report(line)
 
@@ -184,7 +157,7 @@ class Supervisor:
         if member.deaths >= MAX_DEATHS_AT_START:
             raise StartError(f"{member.name}: its process died {member.deaths} times while starting")
 
-    def _poll(self) -> None:
+    def poll(self) -> None:
         """Gathers the answers that come within a round, starts what is idle, passes on new addresses."""
         began = time.monotonic()
         for member in self.members:
@@ -223,7 +196,7 @@ class Supervisor:
         if status.state is State.IDLE and member.state not in (None, State.IDLE):
             self._lost(member)
         for line in status.lines:
-            self._tell(f"{member.name}: {line.removeprefix(f'{member.role}: ')}")
+            self.tell(f"{member.name}: {line.removeprefix(f'{member.role}: ')}")
         member.next_line, member.info = status.next_line, answer.info
         if status.load is not None:
             member.load = status.load
@@ -232,16 +205,16 @@ class Supervisor:
         if status.state is State.READY and before is not State.READY:
             member.address, member.http, member.failures, member.error = status.address, status.http, 0, ""
             http = f", http://{status.http}" if status.http else ""
-            self._tell(f"{member.name}: ready at {status.address}{http}")
-            if self.started and (problem := self._unreachable(member)):
-                self._tell(problem)
+            self.tell(f"{member.name}: ready at {status.address}{http}")
+            if self.started and (problem := unreachable(member, self.members)):
+                self.tell(problem)
         elif status.state is State.FAILED and before is not State.FAILED:
             self._failed(member, status)
         elif status.state is State.IDLE and time.monotonic() >= member.not_before and member.leaving is None:
             self._serve(member)
 
     def _serve(self, member: Member) -> None:
-        self._tell(f"{member.name}: importing")
+        self.tell(f"{member.name}: importing")
         config = self.roster.assign(member)
         if member.role == "gateway":
             # Clients know a gateway by its addresses: one that comes back takes the ports that it had.
@@ -255,7 +228,7 @@ class Supervisor:
     def _lost(self, member: Member) -> None:
         """Its process has died; Ray is bringing up a new one, which will be idle."""
         if member.info is not None:
-            self._tell(f"{member.name}: its process died; Ray starts it again")
+            self.tell(f"{member.name}: its process died; Ray starts it again")
             member.note_death("its process died")
 
     def _gone(self, member: Member, reason: str) -> None:
@@ -264,7 +237,7 @@ class Supervisor:
         member.error = reason
         member.gone_since = member.gone_since or now
         if now - member.gone_since > GONE_S and member.leaving is None:
-            self._tell(f"{member.name}: {reason}; a new one takes its place")
+            self.tell(f"{member.name}: {reason}; a new one takes its place")
             self.roster.renew(member)
 
     def _check_hung(self, member: Member) -> None:
@@ -274,7 +247,7 @@ class Supervisor:
         if not member.ready:
             patience_s = max(patience_s, ray_config.start_timeout_s)
         if member.info is not None and member.silent_s(time.monotonic()) > patience_s:
-            self._tell(f"{member.name}: no answer for {patience_s:g} s (ray.hung_after_s); its process is killed")
+            self.tell(f"{member.name}: no answer for {patience_s:g} s (ray.hung_after_s); its process is killed")
             self._restart_process(member, "it hung")
 
     def _tell_waiting(self, member: Member) -> None:
@@ -282,34 +255,16 @@ class Supervisor:
         now = time.monotonic()
         if member.info is None and member.leaving is None and now > member.told_waiting + WAITING_LINE_S:
             member.told_waiting = now
-            self._tell(f"{member.name}: waits {member.detail(now)}; {_resources(self.members)}")
+            self.tell(f"{member.name}: waits {member.detail(now)}; {resources(self.members)}")
 
     def _failed(self, member: Member, status: Status) -> None:
         if not self.started:
             raise StartError(f"{member.name}: {status.error}", user_error=status.user_error)
         member.error = status.error
-        self._tell(f"{member.name}: failed: {status.error}")
+        self.tell(f"{member.name}: failed: {status.error}")
 
     def _restart_process(self, member: Member, reason: str) -> None:
         """It gets a new process: the old one may hold memory, threads and sockets, or hang."""
         ray.kill(member.actor, no_restart=False)
         member.pending = None
         member.note_death(reason)
-
-    def _unreachable(self, member: Member) -> str:
-        """A worker on the loopback interface cannot be reached from another node; empty where all is well."""
-        nodes = {other.info.node_ip for other in self.members if other.info}
-        assert member.info
-        known = member.address.rpartition(":")[0] == member.info.node_ip  # what other nodes call this one by
-        if len(nodes) > 1 and member.role != "gateway" and member.address.startswith(LOOPBACK_PREFIXES) and not known:
-            return f"{member.role}.host: {member.address} cannot be reached from the other nodes; use 0.0.0.0"
-        return ""
-
-
-def _resources(members: Sequence[Member]) -> str:
-    free, total = ray.available_resources(), ray.cluster_resources()
-    claims = needed_resources([member.seat for member in members]).items()
-    have = ", ".join(
-        f"{count:g} {kind} ({free.get(kind, 0):g} of {total.get(kind, 0):g} are free)" for kind, count in claims
-    )
-    return f"the system claims in all {have}"

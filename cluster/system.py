@@ -13,13 +13,16 @@ import ray
 from branchline.client import Client
 from branchline.config import Config
 from branchline.engine.models.locate import locate_draft, locate_model
+from cluster import steering
+from cluster.control import controlled
 from cluster.placement import Plan, needed_resources
 from cluster.session import joined_ray, local_env, local_ray
 from cluster.supervisor import StartError, StartInterruptedError, Supervisor
 
-#: Seconds that running requests have when the system ends. Ray kills a stopped job after 3.
+#: Seconds that running requests have when the system is stopped by a signal, and its processes then have to end. Ray
+#: kills a stopped job after 3.
 GRACE_S = 5.0
-JOB_GRACE_S = 2.0
+JOB_GRACE_S = 1.0
 #: Set by Ray in the process that it starts for a job.
 JOB_MARK = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 #: Variables that workers get as this process has them.
@@ -86,14 +89,20 @@ def _supervised(
     deadline = time.monotonic() + config.ray.start_timeout_s
     supervisor = Supervisor(plan, env, report)
     try:
-        gateways = supervisor.start(config.ray.start_timeout_s, stopping)
-        # With TLS the launcher is no client that a gateway would let in, but then its actor's word has to do: it calls
-        # itself ready when it has found its workers and listens.
-        for gateway in [] if config.security.outside.on else gateways:
-            _await_answer(gateway, deadline, supervisor, stopping)
-        yield System(tuple(gateways), supervisor, tuple(supervisor.http))
+        with controlled(supervisor, config) as control:
+            if control:
+                report(f"control at {control}")
+            gateways = supervisor.start(config.ray.start_timeout_s, stopping)
+            # With TLS the launcher is no client that a gateway would let in, but then its actor's word has to do: it
+            # calls itself ready when it has found its workers and listens.
+            for gateway in [] if config.security.outside.on else gateways:
+                _await_answer(gateway, deadline, supervisor, stopping)
+            yield System(tuple(gateways), supervisor, tuple(supervisor.http))
+            report("stopping")
+            asked = supervisor.stop_grace_s
+            supervisor.ask_to_stop(grace_s if asked is None else asked)
+            steering.finish(supervisor, grace_s if asked is None else asked)
     finally:
-        report("stopping")
         supervisor.close(grace_s)
 
 

@@ -13,6 +13,7 @@ import ray
 from cluster_helpers import HERE, free_port, listens, nothing_left, wait_until
 
 from branchline.config import Config
+from cluster import steering
 from cluster.actors import create_actor
 from cluster.orders import RefusedError, UnknownError
 from cluster.placement import Plan, plan
@@ -168,10 +169,10 @@ def test_scaling_up_and_a_drain(env: dict[str, str], lines: list[str]) -> None:
         supervisor.start(60)
         prefill, first, _ = (member.address for member in supervisor.members)
         with pytest.raises(RefusedError, match=r"decode-0: it is the only decode that is ready"):
-            supervisor.drain("decode-0", 30)
+            steering.drain(supervisor, "decode-0", 30)
         with pytest.raises(UnknownError, match=r"decode-9: there is none of that name"):
-            supervisor.drain("decode-9", 30)
-        assert supervisor.scale({"decode": 2}, 30) == (["decode-1"], [])
+            steering.drain(supervisor, "decode-9", 30)
+        assert steering.scale(supervisor, {"decode": 2}, 30) == (["decode-1"], [])
         added = supervisor.roster.find("decode-1")
         assert added
         wait_until(lambda: supervisor.round() or added.ready, 60, "one more is ready")
@@ -179,7 +180,7 @@ def test_scaling_up_and_a_drain(env: dict[str, str], lines: list[str]) -> None:
         wait_until(lambda: supervisor.round() or told in lines, 10, "the gateway hears of it")
 
         busy.touch()
-        supervisor.drain("decode-0", 60)
+        steering.drain(supervisor, "decode-0", 60)
         told += f" | {first} drain"
         wait_until(lambda: supervisor.round() or told in lines, 10, "the gateway hears that one drains")
         for _ in range(8):

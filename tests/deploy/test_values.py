@@ -17,8 +17,8 @@ from tools import chart_readme
 FILLED_IN = {
     *("replicas", "host", "port", "grpc_port", "http_port", "metrics_port", "num_cpus", "num_gpus", "resource"),
 }
-#: The section that the chart makes of its own `security`.
-FILLED_SECTIONS = {"security"}
+#: Sections that the chart makes of its own `security` and `ports`.
+FILLED_SECTIONS = {"control", "security"}
 NOT_FOR_RAY = {"prefill_workers", "decode_workers", "address"}
 
 

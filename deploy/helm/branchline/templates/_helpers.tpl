@@ -71,6 +71,7 @@ ray.io/group: {{ .group }}
 {{- $_ := set $part "num_gpus" $values.gpus -}}
 {{- end -}}
 {{- end -}}
+{{- $_ := set $config "control" (dict "port" .Values.ports.control) -}}
 {{- with include "branchline.security" . -}}
 {{- $_ := set $config "security" (fromYaml .) -}}
 {{- end -}}

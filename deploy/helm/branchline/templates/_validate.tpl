@@ -4,7 +4,7 @@
 {{- fail (printf "the release's name must begin with a letter, not %q: set fullnameOverride" .Release.Name) -}}
 {{- end -}}
 {{- $ports := .Values.ports -}}
-{{- $names := list "gateway" "prefill" "decode" -}}
+{{- $names := list "gateway" "prefill" "decode" "control" -}}
 {{- range $name := list "http" "metrics" -}}
 {{- if index $ports $name -}}
 {{- $names = append $names $name -}}
