@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import statistics
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -53,7 +52,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 def cluster(model: TinyModel) -> Iterator[Cluster]:
     flags: dict[str, Any] = {"gateway.stall_timeout_s": 3.0, "gateway.request_timeout_s": 120.0}
     # One decode worker has room for all streams: what is measured is the failover, not the wait for room.
-    flags |= {"ray.start_timeout_s": 200.0, "engine.max_batch": STREAMS}
+    flags |= {"ray.start_timeout_s": 200.0, "ray.hung_after_s": 5.0, "engine.max_batch": STREAMS}
     for role in ("prefill", "decode", "gateway"):
         flags |= {f"{role}.replicas": len(NODE_IPS), f"{role}.resource": role, f"{role}.host": "0.0.0.0"}
     with nothing_left() as directory:
@@ -80,11 +79,9 @@ def strike(cluster: Cluster, what: str, how: str, draw: random.Random) -> Strike
 
 
 def mend(cluster: Cluster, done: Strike) -> None:
-    """A machine comes back; Ray and the supervisor bring back the processes themselves."""
+    """A machine comes back; what dies or stops comes back by Ray and the supervisor."""
     if done.what == "node":
         cluster.start_node(done.address)
-    elif done.how == "stop":
-        threading.Timer(8, cluster.thaw).start()
 
 
 def pauses(done: Strike, callers: list[Caller]) -> list[float]:
