@@ -56,13 +56,15 @@ def finish(supervisor: Supervisor, grace_s: float) -> None:
     gateways = [gateway for gateway in supervisor.roster.of("gateway") if gateway.ready]
     for gateway in gateways:
         gateway.actor.drain.remote()
-    while time.monotonic() < deadline:
+    while True:
         supervisor.poll()
         supervisor.orders.carry_out()
         left = sum(gateway.load.unfinished for gateway in gateways if gateway.load is not None)
         if not left:
             return
-    supervisor.tell(f"requests are left after {grace_s:g} s and are cut off")
+        if time.monotonic() >= deadline:
+            supervisor.tell(f"{left} requests are left after {grace_s:g} s and are cut off")
+            return
 
 
 def _require_serving(supervisor: Supervisor) -> None:

@@ -37,7 +37,7 @@ def control() -> Iterator[str]:
 @contextlib.contextmanager
 def running(env: dict[str, str]) -> Iterator[str]:
     config = Config().override(**{"engine.threads": 1, "decode.replicas": 2})
-    supervisor = Supervisor(Plan(config, serve_paths=ROLES), env, print)
+    supervisor = Supervisor(Plan(config, serve_paths=ROLES), env, lambda _line: None)
 
     def supervise() -> None:
         supervisor.start(60)
