@@ -142,7 +142,10 @@ def _scale(stub: Any, arguments: argparse.Namespace) -> int:
 
 def _drain(stub: Any, arguments: argparse.Namespace) -> int:
     stub.Drain(control_pb2.DrainRequest(id=arguments.id, grace_ms=_ms(arguments.grace)), timeout=CALL_TIMEOUT_S)
-    gone = lambda: all(process.id != arguments.id for process in _look(stub).processes)  # noqa: E731 - as in the others
+
+    def gone() -> bool:
+        return all(process.id != arguments.id for process in _look(stub).processes)
+
     _await(gone, arguments.wait, f"{arguments.id} is still there")
     return EXIT_OK
 

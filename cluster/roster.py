@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 
 import ray
 
@@ -94,10 +93,3 @@ class Roster:
         self.cores.give_back(member.name)
         with contextlib.suppress(ValueError, ray.exceptions.RayError):  # it has gone already
             ray.kill(member.actor, no_restart=True)
-
-
-def replanned(plan: Plan, config: Config) -> Plan:
-    """The same place with another configuration. Raises ConfigError for a claim that can't work."""
-    changed = replace(plan, config=config)
-    changed.check()
-    return changed

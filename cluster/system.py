@@ -110,7 +110,7 @@ def _await_answer(gateway: str, deadline: float, supervisor: Supervisor, stoppin
     """Waits until a gateway says that it can serve: it has found its workers."""
     with Client(gateway) as client:
         while not client.health(timeout=1.0):
-            if stopping():
+            if stopping() or supervisor.stopping:
                 raise StartInterruptedError
             if time.monotonic() > deadline:
                 raise StartError(f"the gateway at {gateway} found no usable workers in time (ray.start_timeout_s)")
