@@ -47,7 +47,7 @@ draft-head: install  ## train a draft head: ARGS="--work DIR --model MODEL" (doc
 
 # Tiers, the quick ones first; each has its own limit in seconds. pytest exits with 5 when it finds no test, which is no
 # failure where a tier is empty. Where tests compute, two processes with a thread each take a file at a time: two threads
-# gain little on tiny models. Tests that wait on clocks and start processes of their own have the machine to themselves.
+# gain little on tiny models. Tests of whole clusters have the machine to themselves.
 TIER = $(PY) -m pytest -q --durations=5
 PAIR = $(TIER) -n 2 --dist loadfile
 test: export OMP_WAIT_POLICY = PASSIVE
@@ -56,7 +56,7 @@ test: install lint  ## lint, then all tests, tier by tier
 	OMP_NUM_THREADS=1 $(PAIR) --session-timeout=300 -m "not (build or models or wire or cluster)"
 	$(TIER) --session-timeout=300 -m "build and not (models or wire or cluster)" || [ $$? -eq 5 ]
 	OMP_NUM_THREADS=1 $(PAIR) --session-timeout=2000 -m "models and not (wire or cluster)" || [ $$? -eq 5 ]
-	$(TIER) --session-timeout=1300 -m "wire and not cluster" || [ $$? -eq 5 ]
+	OMP_NUM_THREADS=1 $(PAIR) --session-timeout=1300 -m "wire and not cluster" || [ $$? -eq 5 ]
 	$(TIER) --session-timeout=1200 -m "cluster" || [ $$? -eq 5 ]
 
 lint: install  ## ruff, mypy, and the layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -31,9 +32,10 @@ def test_a_cut_between_prefill_and_decode_ends_in_failover_or_an_error(tiny: Tin
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(to_mapping(tiny.config(**{"gateway.stall_timeout_s": 3.0}))))
     world = Path(__file__).with_name("partition_world.py")
-    done = subprocess.run(
-        [*UNSHARE, sys.executable, str(world), str(path)], capture_output=True, text=True, timeout=280, check=False
-    )
+    # A script finds only its own directory's modules; pytest found the rest in its `pythonpath`.
+    places = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [*UNSHARE, sys.executable, str(world), str(path)]
+    done = subprocess.run(command, env=places, capture_output=True, text=True, timeout=280, check=False)
     print(done.stdout, done.stderr)
     assert done.returncode == 0
     assert "one of two cut: 0 failovers" not in done.stdout
