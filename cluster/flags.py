@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 
-from branchline.config import DTYPES, PROVIDERS, Config, load
+from branchline.config import DTYPES, PROVIDERS, ROUTINGS, Config, load
 
 #: A flag's name in the parsed arguments -> the field of the configuration that it sets.
 _FIELDS = {
@@ -23,6 +23,7 @@ _FIELDS = {
     "grpc_port": "gateway.grpc_port",
     "http_port": "gateway.http_port",
     "served_model_name": "gateway.served_model_name",
+    "routing": "gateway.routing",
     "tool_parser": "gateway.tool_parser",
     "reasoning_parser": "gateway.reasoning_parser",
     "ray_address": "ray.address",
@@ -69,6 +70,7 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
         "--http-port", type=int, metavar="P", help="also serve OpenAI's HTTP API there; 0 for a free port (default: no)"
     )
     add("--served-model-name", metavar="NAME", help="the model's name over HTTP")
+    add("--routing", choices=ROUTINGS, help="how gateways choose workers (default: prefix_affinity)")
     add("--tool-parser", metavar="NAME", help="vLLM's parser that finds tool calls in a chat's text, such as hermes")
     add("--reasoning-parser", metavar="NAME", help="vLLM's parser that tells reasoning from content, such as qwen3")
     add(

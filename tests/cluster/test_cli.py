@@ -85,6 +85,7 @@ def test_flags_override_the_file(tmp_path: Any) -> None:
         *("--config", str(file), "--model", "/m", "--draft", "none", "--dtype", "float32", "--provider", "reference"),
         *("--prefill", "2", "--gateways", "2", "--host", "0.0.0.0", "--grpc-port", "50051", "--http-port", "8000"),
         *("--served-model-name", "mine", "--tool-parser", "hermes", "--reasoning-parser", "qwen3"),
+        *("--routing", "session_affinity"),
     )
     config = config_from(arguments, {"RAY_ADDRESS": "10.0.0.1:6379"})
     assert (config.model.model, config.model.draft, config.model.dtype) == ("/m", "none", "float32")
@@ -92,6 +93,7 @@ def test_flags_override_the_file(tmp_path: Any) -> None:
     assert (config.prefill.replicas, config.decode.replicas, config.gateway.replicas) == (2, 3, 2)
     assert (config.gateway.host, config.gateway.grpc_port) == ("0.0.0.0", 50051)
     assert (config.gateway.http_port, config.gateway.served_model_name) == (8000, "mine")
+    assert config.gateway.routing == "session_affinity"
     assert (config.gateway.tool_parser, config.gateway.reasoning_parser) == ("hermes", "qwen3")
     assert config.ray.address == "auto"
 
@@ -155,7 +157,7 @@ def test_every_option_has_its_flag(script: tuple[Script, str]) -> None:
     flags = [
         *("--min-p", "0.1", "--repetition-penalty", "1.5", "--presence-penalty", "0.25", "--frequency-penalty", "-0.5"),
         *("--logit-bias", "7=-1.5", "--logit-bias", "9=100", "--bad-word", "a b", "--bad-word", "c"),
-        *("--min-tokens", "2", "--draft-nodes", "0", "--priority", "-3"),
+        *("--min-tokens", "2", "--draft-nodes", "0", "--priority", "-3", "--session", "mine"),
     ]
     assert main(["generate", "--target", target, "Say hello", *flags, "--json", "--logprobs", "0", "--n", "2"]) == 0
     (request,) = servicer.requests
@@ -170,6 +172,7 @@ def test_every_option_has_its_flag(script: tuple[Script, str]) -> None:
         min_tokens=2,
         draft_nodes=0,
         priority=-3,
+        session="mine",
         logprobs=0,
         n=2,
     )
