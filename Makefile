@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 TORCH := $(shell grep -E '^torch==' requirements/cpu.lock)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve draft-head test lint proto lock chart-readme clean
+.PHONY: help install demo serve draft-head test fuzz lint proto lock chart-readme clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -58,6 +58,11 @@ test: install lint  ## lint, then all tests, tier by tier
 	OMP_NUM_THREADS=1 $(PAIR) --session-timeout=2000 -m "models and not (wire or cluster)" || [ $$? -eq 5 ]
 	OMP_NUM_THREADS=1 $(PAIR) --session-timeout=1300 -m "wire and not cluster" || [ $$? -eq 5 ]
 	$(TIER) --session-timeout=1200 -m "cluster" || [ $$? -eq 5 ]
+
+# Malformed requests of each kind: N=10000.
+N ?= 400
+fuzz: install  ## malformed requests against a gateway, N of each kind; prints how they were answered
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -q -s --fuzz $(N) tests/gateway/test_fuzz_grpc.py tests/gateway/test_fuzz_http.py
 
 lint: install  ## ruff, mypy, and the layers
 	$(PY) -m ruff check

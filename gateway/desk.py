@@ -27,7 +27,8 @@ class Desk:
     generator: Generator
     chats: Chats
     info: Info
-    #: The gateway's metrics.
+    #: What the interfaces count in; the gateway's metrics are made of it.
+    counts: Counts
     registry: CollectorRegistry
 
     @classmethod
@@ -44,7 +45,7 @@ class Desk:
         door, counts = Door(backend.config, keyring), Counts()
         generator = Generator(backend, tokens, door, Watch(tracer or NoTracer(), counts))
         chats, info = Chats(generator, parsers or PlainText()), Info(backend, door, model)
-        return cls(door, generator, chats, info, gateway_registry(backend, door, counts))
+        return cls(door, generator, chats, info, counts, gateway_registry(backend, door, counts))
 
     @property
     def tokens(self) -> Tokens:

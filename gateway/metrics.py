@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+import grpc
 from prometheus_client import CollectorRegistry, Histogram
 
 from branchline.observe.metrics import REQUEST_S, TOKEN_S, Family, Sheet, StateCollector, histogram, registry_of
@@ -15,7 +16,7 @@ from gateway.worker import Role
 REQUESTS = Family(
     "branchline_gateway_requests_total",
     "counter",
-    "Calls that generate, by how they ended: the gRPC status, over HTTP too.",
+    "Calls that generate, refused and malformed ones too, by how they ended: the gRPC status, over HTTP too.",
     ("interface", "code"),
 )
 RUNNING = Family("branchline_gateway_requests_running", "gauge", "Requests that are let in, one for each prompt.")
@@ -80,6 +81,10 @@ class Counts:
     histograms: dict[Family, Histogram] = field(
         default_factory=lambda: {family: histogram(family, bounds) for family, bounds in HISTOGRAMS.items()}
     )
+
+    def ended(self, interface: str, code: grpc.StatusCode) -> None:
+        """A call that generates, or was refused before it could."""
+        self.requests[interface, code.name] += 1
 
     def observe(self, family: Family, value: float) -> None:
         self.histograms[family].observe(value)

@@ -25,6 +25,9 @@ SERVICE = "branchline.v1.GatewayService"
 #: In the initial metadata of calls that generate.
 REQUEST_ID_METADATA = "x-request-id"
 
+#: The RPCs that count as requests.
+_GENERATING = ("Generate", "Chat")
+
 #: Who calls. gRPC handles each call in a task, and so in a context, of its own.
 _guest: contextvars.ContextVar[Guest] = contextvars.ContextVar("guest")
 
@@ -38,7 +41,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
     def add_to(self, server: RpcServer) -> None:
         """With its guard, without which it would not know its guests."""
         add: Callable[[Any, Any], None] = gateway_pb2_grpc.add_GatewayServiceServicer_to_server
-        server.add(SERVICE, self, add, guard=self._greet)
+        server.add(SERVICE, self, add, guard=self._greet, ended=self._ended)
 
     async def Generate(self, request: gateway_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
         async def write(_prompt: int, response: gateway_pb2.GenerateResponse) -> None:
@@ -112,6 +115,10 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
         """Before the request is parsed, which costs. Raises RpcFailure."""
         headers: dict[str, Any] = dict(context.invocation_metadata() or ())
         _guest.set(self._desk.door.greet(Call("grpc", method, headers, context.time_remaining())))
+
+    def _ended(self, method: str, code: grpc.StatusCode) -> None:
+        if method in _GENERATING:
+            self._desk.counts.ended("grpc", code)
 
     @property
     def _guest(self) -> Guest:

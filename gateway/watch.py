@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
 
-import grpc
-
-from branchline.core import FinishReason, InvalidRequestError, SpeculationStats
+from branchline.core import FinishReason, SpeculationStats
 from branchline.observe.tracing import Metadata, Span, Tracer, Value, trace_context
-from branchline.wire.status import RpcFailure
 from gateway.door import Call, Visit
 from gateway.journal import AttemptRecord, JournalEntry
 from gateway.leases import Placement
@@ -146,25 +142,8 @@ class Watch:
             "gen_ai.provider.name": "branchline",
             "branchline.interface": call.interface,
         }
-        code = grpc.StatusCode.OK
         try:
             with self._tracer.span(operation, trace_context(call.headers.items()), attributes) as span:
                 yield RequestWatch(span, self.counts)
-        except BaseException as error:
-            code = _code(error)
-            raise
         finally:
-            self.counts.requests[call.interface, code.name] += 1
             self.counts.observe(REQUEST_DURATION_S, time.monotonic() - began)
-
-
-def _code(error: BaseException) -> grpc.StatusCode:
-    match error:
-        case RpcFailure():
-            return error.code
-        case InvalidRequestError():
-            return grpc.StatusCode.INVALID_ARGUMENT
-        case asyncio.CancelledError() | GeneratorExit():
-            return grpc.StatusCode.CANCELLED
-        case _:
-            return grpc.StatusCode.INTERNAL

@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 #: It runs in the handler's own task, so that what it sets in a context variable is there in the handler.
 Guard = Callable[[str, grpc.aio.ServicerContext], None]
 
+#: Called with a method's name and the status of each call as it ends, whatever ended it.
+Ended = Callable[[str, grpc.StatusCode], None]
+
 #: Served by gRPC's own servicers; a Watch lasts as long as the peer likes, so it must not count as work.
 _INFRASTRUCTURE = ("/grpc.health.", "/grpc.reflection.")
 
@@ -69,8 +72,8 @@ class CallCounter:
 
 
 class HandlerInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no stubs
-    """Wraps every handler of Branchline's services. `parsers`: by method, in place of the generated ones; `guards`: by
-    service.
+    """Wraps every handler of Branchline's services. `parsers`: by method, in place of the generated ones; `guards`
+    and `ended`: by service.
     """
 
     def __init__(
@@ -78,10 +81,12 @@ class HandlerInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # g
         counter: CallCounter,
         parsers: Mapping[str, Callable[[bytes], Any]],
         guards: Mapping[str, Guard] = types.MappingProxyType({}),
+        ended: Mapping[str, Ended] = types.MappingProxyType({}),
     ) -> None:
         self._counter = counter
         self._parsers = parsers
         self._guards = guards
+        self._ended = ended
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
@@ -91,14 +96,27 @@ class HandlerInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # g
         if handler is None or method.startswith(_INFRASTRUCTURE):
             return handler
         deserialize = self._parsers.get(method, handler.request_deserializer)
-        return _wrap(handler, method, self._counter, deserialize, self._guards.get(method.split("/")[1], _everybody))
+        service = method.split("/")[1]
+        guard, ended = self._guards.get(service, _everybody), self._ended.get(service, _nobody_asks)
+        return _wrap(handler, method, self._counter, deserialize, guard, ended)
 
 
 def _everybody(_method: str, _context: grpc.aio.ServicerContext) -> None:
     pass
 
 
-def _wrap(handler: Any, method: str, counter: CallCounter, deserialize: Callable[[bytes], Any], guard: Guard) -> Any:
+def _nobody_asks(_method: str, _code: grpc.StatusCode) -> None:
+    pass
+
+
+def _wrap(
+    handler: Any,
+    method: str,
+    counter: CallCounter,
+    deserialize: Callable[[bytes], Any],
+    guard: Guard,
+    ended: Ended,
+) -> Any:
     """The same method with parsing and error mapping around it.
 
     gRPC parses a single request before it calls the handler and answers UNKNOWN when that fails; so it is given
@@ -114,7 +132,7 @@ def _wrap(handler: Any, method: str, counter: CallCounter, deserialize: Callable
     name = method.rpartition("/")[2]
 
     async def unary(request: Any, context: grpc.aio.ServicerContext) -> Any:
-        async with _mapped_errors(method, context):
+        async with _mapped_errors(method, context, ended):
             with counter.track():
                 guard(name, context)
                 return await behaviour(request if handler.request_streaming else parse(request), context)
@@ -122,7 +140,7 @@ def _wrap(handler: Any, method: str, counter: CallCounter, deserialize: Callable
     async def streaming(request: Any, context: grpc.aio.ServicerContext) -> None:
         # gRPC leaves a cancelled generator to the garbage collector. Closed here, its `finally` blocks (leases,
         # streams to other workers) have run when the call has ended.
-        async with _mapped_errors(method, context):
+        async with _mapped_errors(method, context, ended):
             with counter.track():
                 guard(name, context)
                 responses = behaviour(request if handler.request_streaming else parse(request), context)
@@ -154,19 +172,23 @@ def _parser(deserialize: Callable[[bytes], Any], method: str) -> Callable[[bytes
 
 
 @contextlib.asynccontextmanager
-async def _mapped_errors(method: str, context: grpc.aio.ServicerContext) -> AsyncGenerator[None]:
+async def _mapped_errors(method: str, context: grpc.aio.ServicerContext, ended: Ended) -> AsyncGenerator[None]:
     """Ends the call with the status that the error inside maps to. Cancellation passes through untouched."""
+    code = grpc.StatusCode.CANCELLED
     try:
         yield
+        code = grpc.StatusCode.OK
         return
-    except grpc.aio.AbortError:  # the handler has set the status by itself
-        raise
     except FORESEEN as error:
         failure = failure_for(error)
+        code = failure.code
     except Exception:
         request_id = secrets.token_hex(6)
         logger.exception("%s failed", method, extra={"request_id": request_id})
         failure = RpcFailure(grpc.StatusCode.INTERNAL, f"internal error, request {request_id}")
+        code = failure.code
+    finally:  # before the client hears of it
+        ended(method.rpartition("/")[2], code)
     # A negative number means, as in gRPC's own design of retries (gRFC A6), that trying again is of no use.
     pushback_ms = -1 if failure.retry_after_s is None else math.ceil(failure.retry_after_s * 1000)
     await context.abort(failure.code, failure.details, ((RETRY_METADATA, str(pushback_ms)),))

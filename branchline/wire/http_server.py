@@ -18,6 +18,8 @@ from branchline.wire.server import BindError, PortInUseError
 #: Seconds that answers which have been told to end may take for it.
 _GRACE_S = 3.0
 _START_S = 10.0
+#: Seconds that a client may take for a TLS handshake; asyncio would give it a minute.
+TLS_HANDSHAKE_S = 10.0
 
 
 class _Server(uvicorn.Server):
@@ -25,6 +27,23 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Signals are the process's: it tells this server to stop."""
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's own for open sockets, but with a deadline for handshakes."""
+        assert sockets is not None
+        config, state = self.config, self.server_state
+
+        def protocol() -> asyncio.Protocol:
+            made: asyncio.Protocol = config.http_protocol_class(config=config, server_state=state, app_state={})  # type: ignore[call-arg]
+            return made
+
+        create = asyncio.get_running_loop().create_server
+        limit = TLS_HANDSHAKE_S if config.ssl else None
+        self.servers = [
+            await create(protocol, sock=sock, ssl=config.ssl, backlog=config.backlog, ssl_handshake_timeout=limit)
+            for sock in sockets
+        ]
+        self.started = True
 
 
 class HttpServer:

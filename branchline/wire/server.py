@@ -14,7 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from branchline.wire.channels import SERVER_OPTIONS
-from branchline.wire.handlers import CallCounter, Guard, HandlerInterceptor
+from branchline.wire.handlers import CallCounter, Ended, Guard, HandlerInterceptor
 
 #: Seconds that cancelled handlers have for their `finally` blocks.
 _CLEANUP_S = 5.0
@@ -58,6 +58,7 @@ class RpcServer:
         self._services: list[tuple[str, Any, Callable[[Any, Any], None]]] = []
         self._parsers: dict[str, Callable[[bytes], Any]] = {}
         self._guards: dict[str, Guard] = {}
+        self._ended: dict[str, Ended] = {}
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
         self._calls = CallCounter()
@@ -70,16 +71,19 @@ class RpcServer:
         add_to_server: Callable[[Any, Any], None],
         parsers: Mapping[str, Callable[[bytes], Any]] | None = None,
         guard: Guard | None = None,
+        ended: Ended | None = None,
     ) -> None:
         """Adds a servicer under its full protobuf name, with the generated function that registers it. `parsers`: by
         method, what parses its requests in place of the generated class; raises DecodeError like that one.
-        `guard` may refuse calls before they are parsed.
+        `guard` may refuse calls before they are parsed; `ended` is told how each one ends, refused ones too.
         """
         if self._server is not None:
             raise RuntimeError("services must be added before start()")
         self._services.append((service, servicer, add_to_server))
         if guard is not None:
             self._guards[service] = guard
+        if ended is not None:
+            self._ended[service] = ended
         self._parsers.update({f"/{service}/{method}": parser for method, parser in (parsers or {}).items()})
 
     @property
@@ -91,7 +95,7 @@ class RpcServer:
         """Binds, serves, and returns HOST:PORT with the real port. Raises PortInUseError or BindError."""
         if self._server is not None or self._calls.refusing:
             raise RuntimeError("a server can be started once")
-        interceptor = HandlerInterceptor(self._calls, self._parsers, self._guards)
+        interceptor = HandlerInterceptor(self._calls, self._parsers, self._guards, self._ended)
         server = grpc.aio.server(
             interceptors=[interceptor], options=SERVER_OPTIONS, maximum_concurrent_rpcs=self._max_calls
         )

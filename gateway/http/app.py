@@ -24,6 +24,7 @@ from gateway.http.completions import CompletionEndpoint
 from gateway.http.crowd import Crowd
 from gateway.http.errors import HttpError, from_failure, phrase
 from gateway.http.exchange import PostJson
+from gateway.http.openapi import document
 from gateway.http.options import check_model
 from gateway.http.schemas import ChatRequest, CompletionRequest
 
@@ -37,16 +38,15 @@ def application(desk: Desk, max_requests: int) -> ASGIApp:
         routes=[
             Route(
                 "/v1/completions",
-                PostJson(desk.door, CompletionRequest, CompletionEndpoint(desk).handle),
+                PostJson(desk, CompletionRequest, CompletionEndpoint(desk).handle),
                 methods=["POST"],
             ),
-            Route(
-                "/v1/chat/completions", PostJson(desk.door, ChatRequest, ChatEndpoint(desk).handle), methods=["POST"]
-            ),
+            Route("/v1/chat/completions", PostJson(desk, ChatRequest, ChatEndpoint(desk).handle), methods=["POST"]),
             Route("/v1/models", pages.models),
             Route("/v1/models/{name:path}", pages.model),
             Route("/health", pages.health),
             Route("/version", pages.version),
+            Route("/openapi.json", pages.openapi),
             Route(PATH, pages.metrics),
         ],
         exception_handlers={
@@ -86,6 +86,10 @@ class _Pages:
     async def version(self, request: Request) -> Response:
         self._greet(request)
         return JSONResponse({"version": version()})
+
+    async def openapi(self, request: Request) -> Response:
+        self._greet(request)
+        return JSONResponse(document())
 
     async def metrics(self, request: Request) -> Response:
         """Whoever may not call may not see what is called either; a port of its own is `gateway.metrics_port`."""

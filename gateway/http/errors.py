@@ -30,6 +30,13 @@ _STATUS = {
     grpc.StatusCode.UNAVAILABLE: 503,
     grpc.StatusCode.DEADLINE_EXCEEDED: 504,
 }
+#: The other way, for errors that are HTTP's own.
+_CODE = {
+    404: grpc.StatusCode.NOT_FOUND,
+    408: grpc.StatusCode.DEADLINE_EXCEEDED,
+    CLIENT_CLOSED: grpc.StatusCode.CANCELLED,
+    500: grpc.StatusCode.INTERNAL,
+}
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded", 503: "service_unavailable", 504: "timeout"}
 #: Seconds to wait when the refusal itself gives none.
@@ -47,6 +54,7 @@ class HttpError(Exception):
         code: str | None = None,
         *,
         headers: Mapping[str, str] = types.MappingProxyType({}),
+        grpc_code: grpc.StatusCode | None = None,
     ) -> None:
         super().__init__(status, message)
         self.status = status
@@ -54,6 +62,8 @@ class HttpError(Exception):
         self.param = param
         self.code = code
         self.headers = headers
+        #: What it is counted as.
+        self.grpc_code = grpc_code or _CODE.get(status, grpc.StatusCode.INVALID_ARGUMENT)
 
     @property
     def body(self) -> dict[str, Any]:
@@ -77,7 +87,7 @@ def from_failure(error: RpcFailure | InvalidRequestError) -> HttpError:
     headers = {} if retry_s is None else {"retry-after": str(math.ceil(retry_s))}
     if status == 401:
         headers["www-authenticate"] = "Bearer"
-    return HttpError(status, shorten(error.details), headers=headers)
+    return HttpError(status, shorten(error.details), headers=headers, grpc_code=error.code)
 
 
 def from_validation(error: ValidationError) -> HttpError:

@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
+import grpc
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
@@ -18,8 +19,9 @@ from branchline.observe.logs import about
 from branchline.wire.channels import MAX_MESSAGE_BYTES
 from branchline.wire.status import RpcFailure
 from gateway.background import cancel_all
-from gateway.door import Call, Door, Guest
-from gateway.http.errors import HttpError, from_failure, from_validation
+from gateway.desk import Desk
+from gateway.door import Call, Guest
+from gateway.http.errors import CLIENT_CLOSED, HttpError, from_failure, from_validation
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +38,12 @@ Body = TypeVar("Body", bound=BaseModel)
 class Exchange:
     """`request_id`, once set, is told in the header `x-request-id`."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, ended: Callable[[str, grpc.StatusCode], None]
+    ) -> None:
+        """`ended` is told once how it ended, before the client knows."""
+        self._ended = ended
+        self._settled = False
         self.request_id = ""
         self.headers = Headers(scope=scope)
         self._path: str = scope["path"]
@@ -63,6 +70,7 @@ class Exchange:
 
     async def answer(self, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:
         """The whole answer, as JSON."""
+        self.settle(grpc.StatusCode.OK)
         await self._start(status, {"content-type": "application/json", "content-length": str(len(body))}, headers)
         await self._send({"type": "http.response.body", "body": body})
 
@@ -76,6 +84,7 @@ class Exchange:
         await self._send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
 
     async def end_events(self) -> None:
+        self.settle(grpc.StatusCode.OK)
         await self.event("[DONE]")
         await self._send({"type": "http.response.body", "body": b""})
 
@@ -102,12 +111,19 @@ class Exchange:
 
     async def fail(self, error: HttpError) -> None:
         """An error as the answer, or as the last event of one that has begun."""
+        self.settle(error.grpc_code)
         body = json.dumps(error.body, ensure_ascii=False)
         if self._streaming:
             await self.event(body)
             await self.end_events()
         elif not self._answered:
             await self.answer(error.status, body.encode(), error.headers)
+
+    def settle(self, code: grpc.StatusCode) -> None:
+        """How it ended; only the first call counts."""
+        if not self._settled:
+            self._settled = True
+            self._ended("http", code)
 
     async def _read(self) -> bytes:
         if self.headers.get("content-encoding", "identity") != "identity":
@@ -120,7 +136,7 @@ class Exchange:
         while more and size <= _MOST_READ * MAX_BODY_BYTES:
             message = await self._receive()
             if message["type"] == "http.disconnect":
-                raise HttpError(400, "The client has gone.")
+                raise HttpError(CLIENT_CLOSED, "The client has gone.")
             more = message.get("more_body", False)
             size += len(message.get("body", b""))
             if size <= MAX_BODY_BYTES:
@@ -145,16 +161,16 @@ class PostJson:
     """An ASGI application: greeted at the door, a body of the schema read, handled, answered."""
 
     def __init__(
-        self, door: Door, schema: type[Body], handle: Callable[[Exchange, Guest, Body], Awaitable[None]]
+        self, desk: Desk, schema: type[Body], handle: Callable[[Exchange, Guest, Body], Awaitable[None]]
     ) -> None:
-        self._door = door
+        self._desk = desk
         self._schema: Any = schema
         self._handle: Callable[[Exchange, Guest, Any], Awaitable[None]] = handle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = Exchange(scope, receive, send)
+        exchange = Exchange(scope, receive, send, self._desk.counts.ended)
         try:
-            guest = self._door.greet(exchange.call)
+            guest = self._desk.door.greet(exchange.call)
             body = await exchange.body(self._schema)
         except RpcFailure as error:
             await exchange.fail(from_failure(error))
@@ -162,6 +178,8 @@ class PostJson:
             await exchange.fail(error)
         else:
             await exchange.run(self._handle(exchange, guest, body))
+        finally:  # whatever has no other end
+            exchange.settle(grpc.StatusCode.CANCELLED)
 
 
 def _too_long() -> HttpError:

@@ -9,6 +9,7 @@ from http_harness import http_house
 from scripted_workers import ScriptedDecode, ScriptedPrefill
 
 from branchline.v1 import gateway_pb2
+from branchline.wire.channels import open_channel
 from branchline.wire.status import RpcFailure
 from gateway.tokens import Tokens
 
@@ -83,6 +84,36 @@ async def test_http_counts_as_http(tokens: Tokens) -> None:
         page = await h.raw.get("/metrics")
     assert page.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert 'branchline_gateway_requests_total{code="OK",interface="http"} 1.0' in page.text
+
+
+async def test_what_is_refused_or_malformed_counts(tokens: Tokens) -> None:
+    async with http_house(tokens, most=5) as h:
+        async with open_channel(h.house.target) as channel:
+            for method in ("Generate", "Chat"):
+                call = channel.unary_stream(f"/branchline.v1.GatewayService/{method}")(b"\xff" * 9, timeout=10)
+                with pytest.raises(grpc.aio.AioRpcError, match="not a valid message"):
+                    await call.read()
+            with pytest.raises(grpc.aio.AioRpcError, match="not a valid message"):
+                await channel.unary_unary("/branchline.v1.GatewayService/Tokenize")(b"\xff" * 9, timeout=10)
+        assert (await h.raw.post("/v1/completions", content=b"{")).status_code == 400
+        assert (await h.raw.post("/v1/chat/completions", json={"model": "other", "messages": []})).status_code == 400
+        assert (await h.raw.post("/v1/completions", json={"model": "other", "prompt": "a"})).status_code == 404
+        h.house.desk.door.close()
+        assert (await h.post("/v1/completions", prompt="a")).status_code == 503
+        with pytest.raises(grpc.aio.AioRpcError, match="stopping"):
+            await h.house.answer(4)
+        counted = {
+            (interface, code): value(h.house, "requests_total", interface=interface, code=code)
+            for interface in ("grpc", "http")
+            for code in ("INVALID_ARGUMENT", "NOT_FOUND", "UNAVAILABLE", "INTERNAL", "OK")
+        }
+    assert {key: count for key, count in counted.items() if count} == {
+        ("grpc", "INVALID_ARGUMENT"): 2,
+        ("grpc", "UNAVAILABLE"): 1,
+        ("http", "INVALID_ARGUMENT"): 2,
+        ("http", "NOT_FOUND"): 1,
+        ("http", "UNAVAILABLE"): 1,
+    }
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from tiny_tokenizer import train
 
 from branchline.client import AsyncClient, Client, InvalidRequestError, Tls, UnavailableError
 from branchline.config import Config, ConfigError, from_mapping
+from branchline.wire import http_server
 from gateway.serve import _warn_of_openness, serve
 
 pytestmark = [pytest.mark.wire, pytest.mark.timeout(120)]
@@ -115,6 +116,17 @@ async def test_both_ports_are_encrypted(model: str, authority: Authority, tmp_pa
             await gateway.complete(trusted)
         with pytest.raises(httpx2.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
             await gateway.get(authority)
+
+
+async def test_a_handshake_has_a_deadline(model: str, authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "TLS_HANDSHAKE_S", 0.5)
+    pair = authority.sign("gateway", HOST)
+    async with served(model, certificate=pair.certificate, key=pair.key) as gateway:
+        host, _, port = gateway.http.rpartition(":")
+        silent, writer = await asyncio.open_connection(host, int(port))
+        assert await asyncio.wait_for(silent.read(), 5) == b""
+        writer.close()
+        assert await gateway.get(authority) == {"status": "ok"}
 
 
 async def test_clients_may_need_certificates(model: str, authority: Authority, tmp_path: Path) -> None:
