@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,6 +21,7 @@ pytestmark = [pytest.mark.models, pytest.mark.timeout(600)]
 
 PROMPTS = REPOSITORY / "benchmarks/data/spec_bench_dev.jsonl"
 COUNT, TOKENS, LONGEST = 8, 32, 400
+TARGET = "127.0.0.1:50051"
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +71,14 @@ def test_greedy_text_is_that_of_transformers(
     emitted = sum(c.speculation.accepted + c.speculation.target_forwards for c in completions)
     assert emitted == sum(map(len, expected)) - COUNT, "first tokens are prefill's"
     assert emitted > 1.2 * sum(c.speculation.target_forwards for c in completions), "drafting no longer helps"
+
+
+def test_the_readme_example_runs(client: Client, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    example = re.search(r"^```python\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
+    assert example is not None
+    assert TARGET in example[1]
+    exec(compile(example[1].replace(TARGET, client.target), "README.md", "exec"), {"__name__": "example"})
+    first, _, story = capsys.readouterr().out.partition("\n")
+    assert re.search(r" (FinishReason\.)?(stop|length|STOP|LENGTH) \d+ \d\.\d+$", first), first
+    assert len(story.split()) > 5
