@@ -1,4 +1,5 @@
-"""The command line: `branchline serve | status | scale | drain | stop | generate | chat | info | explain | keys`.
+"""The command line: `branchline serve`; `status`, `scale`, `drain`, `update` and `stop` for what runs; `generate`,
+`chat` and `info` by the SDK; `explain`; `keys`.
 
 Each command imports what it needs when it runs: those that talk to a running system work where only the SDK
 is installed.
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from cluster import explain
 
         return explain.run(arguments)
-    if arguments.command in ("status", "scale", "drain", "stop"):
+    if arguments.command in ("status", "scale", "drain", "update", "stop"):
         from cluster import operate
 
         return operate.run(arguments)
@@ -90,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         "status": "the processes of a running system, and what they do",
         "scale": "add workers and gateways, or take some away, while serving",
         "drain": "end one process when it has finished what it has",
+        "update": "replace the workers, one after the other, by ones with another configuration or draft head",
         "stop": "end a running system",
     }
     for name, text in operating.items():

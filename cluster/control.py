@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import grpc
+import yaml
 
 from branchline.config import Config, ConfigError
 from branchline.observe.metrics import version
@@ -59,6 +60,17 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         await self._ordered(lambda: steering.drain(self._supervisor, request.id, request.grace_ms / 1000))
         return control_pb2.DrainResponse()
 
+    async def Update(  # noqa: N802 - as the contract has it
+        self, request: control_pb2.UpdateRequest, _context: Any
+    ) -> control_pb2.UpdateResponse:
+        try:
+            changes = {name: yaml.safe_load(text) for name, text in request.changes.items()}
+        except yaml.YAMLError as error:
+            raise RpcFailure(grpc.StatusCode.INVALID_ARGUMENT, f"not valid YAML: {error}") from None
+        grace_s = request.grace_ms / 1000
+        revision = await self._ordered(lambda: steering.update(self._supervisor, changes, grace_s))
+        return control_pb2.UpdateResponse(revision=revision)
+
     async def Stop(  # noqa: N802 - as the contract has it
         self, request: control_pb2.StopRequest, _context: Any
     ) -> control_pb2.StopResponse:
@@ -81,13 +93,17 @@ _CODES = {UnknownError: grpc.StatusCode.NOT_FOUND, EndedError: grpc.StatusCode.U
 
 
 def view(supervisor: Supervisor) -> control_pb2.GetClusterResponse:
-    now = time.monotonic()
+    now, rollout = time.monotonic(), supervisor.rollout
+    update = None
+    if rollout is not None:
+        update = control_pb2.UpdateProgress(state=rollout.phase, detail=rollout.detail(supervisor.roster))
     return control_pb2.GetClusterResponse(
         state=supervisor.phase,
         version=version(),
         model=supervisor.roster.plan.config.model.model,
         uptime_s=now - supervisor.began,
         processes=[_process(member, now) for member in supervisor.members],
+        update=update,
     )
 
 
@@ -101,6 +117,7 @@ def _process(member: Member, now: float) -> control_pb2.ClusterProcess:
         http_address=member.http,
         restarts=member.deaths,
         cores=member.cores,
+        revision=member.seat.revision,
     )
     if member.info is not None:
         process.node, process.pid = member.info.node_ip, member.info.pid

@@ -1,4 +1,4 @@
-"""The commands that steer a running system: status, scale, drain, stop. They talk to its launcher."""
+"""The commands that steer a running system: status, scale, drain, update, stop. They talk to its launcher."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
+import yaml
 
 from branchline.client import InvalidRequestError
 from branchline.v1 import control_pb2, control_pb2_grpc
@@ -56,6 +57,11 @@ def add_operate_flags(parser: argparse.ArgumentParser, command: str) -> None:
             )
     if command == "drain":
         add("id", metavar="ID", help="as `status` shows it, such as decode-1")
+    if command == "update":
+        add("--config", metavar="FILE", help="YAML with what is to change, in the shape of a whole configuration")
+        add("--set", action="append", default=[], metavar="FIELD=VALUE", help="one field, such as engine.max_batch=16")
+        add("--draft", metavar="DRAFT", help="the same as --set model.draft=DRAFT")
+        add("--tree", metavar="TREE", help="the same as --set model.tree=TREE")
     if command != "status":
         add("--grace", type=_seconds, default=60.0, metavar="S", help="for requests that run (default: %(default)g s)")
         add(
@@ -150,6 +156,47 @@ def _drain(stub: Any, arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _update(stub: Any, arguments: argparse.Namespace) -> int:
+    request = control_pb2.UpdateRequest(changes=_changes(arguments), grace_ms=_ms(arguments.grace))
+    stub.Update(request, timeout=CALL_TIMEOUT_S)
+    progress = control_pb2.UpdateProgress()
+
+    def over() -> bool:
+        before = progress.detail
+        progress.CopyFrom(_look(stub).update)
+        if progress.detail != before:
+            print(f"{progress.state}: {progress.detail}", flush=True)
+        return progress.state not in ("rolling", "rolling back")
+
+    _await(over, arguments.wait, "it is under way still")
+    return EXIT_OK if progress.state in ("done", "") else EXIT_FAILED
+
+
+def _changes(arguments: argparse.Namespace) -> dict[str, str]:
+    """Values as YAML by their fields' paths; flags override the file. Raises InvalidRequestError."""
+    found: dict[str, str] = {}
+    if arguments.config:
+        try:
+            with open(arguments.config, encoding="utf-8") as file:
+                tree = yaml.safe_load(file) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InvalidRequestError(f"--config: {arguments.config}: {error}") from None
+        if not isinstance(tree, dict) or not all(isinstance(section, dict) for section in tree.values()):
+            raise InvalidRequestError(f"--config: {arguments.config}: must be sections with fields")
+        found = {f"{section}.{name}": _yaml(v) for section, part in tree.items() for name, v in part.items()}
+    for text in arguments.set:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise InvalidRequestError(f"--set: must be FIELD=VALUE, got {text!r}")
+        found[name] = value
+    given = {"model.draft": arguments.draft, "model.tree": arguments.tree}
+    return found | {name: _yaml(value) for name, value in given.items() if value is not None}
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True)
+
+
 def _stop(stub: Any, arguments: argparse.Namespace) -> int:
     stub.Stop(control_pb2.StopRequest(grace_ms=_ms(arguments.grace)), timeout=CALL_TIMEOUT_S)
 
@@ -164,7 +211,7 @@ def _stop(stub: Any, arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-_COMMANDS = {"status": _status, "scale": _scale, "drain": _drain, "stop": _stop}
+_COMMANDS = {"status": _status, "scale": _scale, "drain": _drain, "update": _update, "stop": _stop}
 
 
 def _await(done: Callable[[], bool], wait_s: float, otherwise: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -58,6 +59,8 @@ class Seat:
     share: int = 0
     #: Its place among those of its role that there are now: fixed ports count up with it.
     slot: int = 0
+    #: The plan's that it was made from.
+    revision: int = 0
 
     @property
     def name(self) -> str:
@@ -77,6 +80,8 @@ class Plan:
     config: Config
     cores: tuple[int, ...] = ()
     serve_paths: Mapping[str, str] = field(default_factory=lambda: SERVE_PATHS)
+    #: Counts the changes of configuration while the system runs.
+    revision: int = 0
 
     @property
     def local(self) -> bool:
@@ -116,6 +121,10 @@ class Plan:
         """Compute threads of a worker that has so many cores to itself."""
         return min(self.config.engine.threads_for(role, cores, shared=False), max(1, cores))
 
+    def changed(self, config: Config) -> Plan:
+        """The next revision."""
+        return dataclasses.replace(self, config=config, revision=self.revision + 1)
+
     def _part(self, role: str) -> WorkerConfig | GatewayConfig:
         part: WorkerConfig | GatewayConfig = getattr(self.config, role)
         return part
@@ -135,7 +144,7 @@ class Plan:
         names = ("grpc_port", "http_port") if role == "gateway" else ("port",)
         ports = {f"{role}.{name}": _counted(getattr(part, name), offset) for name in (*names, "metrics_port")}
         own = self.config.override(**{"engine.threads": threads}, **ports)
-        return Seat(role, index, self.serve_paths[role], own, claims, pinned, self._share(role), slot)
+        return Seat(role, index, self.serve_paths[role], own, claims, pinned, self._share(role), slot, self.revision)
 
     def _share(self, role: str) -> int:
         """Gateways are not pinned: they wait for the network most of the time. Neither are workers on GPUs."""

@@ -18,6 +18,7 @@ def as_json(cluster: control_pb2.GetClusterResponse) -> dict[str, Any]:
 
 
 def as_table(cluster: control_pb2.GetClusterResponse) -> str:
+    update = [f"update {cluster.update.state}: {cluster.update.detail}"] if cluster.HasField("update") else []
     head = f"Branchline {cluster.version}, model {cluster.model}, {cluster.state}, up {_duration(cluster.uptime_s)}"
     rows: list[tuple[str, ...]] = [
         ("ID", "STATE", "NODE", "ADDRESS", "RUNNING", "QUEUED", "BLOCKS", "TOKENS/S", "ACCEPTED", "")
@@ -25,7 +26,7 @@ def as_table(cluster: control_pb2.GetClusterResponse) -> str:
     rows += [_row(process) for process in cluster.processes]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([head, *lines])
+    return "\n".join([head, *update, *lines])
 
 
 def _row(process: control_pb2.ClusterProcess) -> tuple[str, ...]:

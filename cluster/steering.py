@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import Any
 
+from branchline.config import ConfigError
 from cluster import leaving
 from cluster.orders import RefusedError, UnknownError
 from cluster.placement import ROLES
+from cluster.rollout import CHANGEABLE, FIXED, Rollout, refused
 from cluster.supervisor import Supervisor
 
 
@@ -48,6 +51,28 @@ def drain(supervisor: Supervisor, name: str, grace_s: float) -> None:
         raise RefusedError(f"{name}: it is the only {member.role} that is ready; scale up first")
     leaving.begin(member, grace_s)
     supervisor.tell(f"{name}: drains, {grace_s:g} s at most")
+
+
+def update(supervisor: Supervisor, changes: Mapping[str, Any], grace_s: float) -> int:
+    """Begins to replace the workers by ones with another configuration; the number of its revision. `changes`: values
+    by the fields' paths; none of them is a rolling restart. Raises RefusedError.
+    """
+    _require_serving(supervisor)
+    roster = supervisor.roster
+    if supervisor.rollout is not None and not supervisor.rollout.over:
+        raise RefusedError("an update is under way; `branchline status` shows how far it is")
+    if name := refused(changes):
+        raise RefusedError(f"{name}: can't change while the system serves; only {', '.join(CHANGEABLE)} can,"
+                           f" without {', '.join(FIXED)}")  # fmt: skip
+    try:
+        plan = roster.plan.changed(roster.plan.config.override(**changes))
+        plan.check()
+    except ConfigError as error:
+        raise RefusedError(str(error)) from None
+    supervisor.rollout = Rollout(roster.plan, grace_s, plan.config.ray.start_timeout_s)
+    supervisor.tell(f"update to revision {plan.revision}: {', '.join(changes) or 'nothing changes, workers restart'}")
+    roster.plan = plan
+    return plan.revision
 
 
 def finish(supervisor: Supervisor, grace_s: float) -> None:

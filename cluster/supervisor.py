@@ -21,6 +21,7 @@ from cluster.member import Member
 from cluster.news import Announcer
 from cluster.orders import Orders
 from cluster.placement import Plan
+from cluster.rollout import Rollout
 from cluster.roster import Roster
 from cluster.shell import State, Status
 
@@ -62,6 +63,8 @@ class Supervisor:
         self.started = False
         #: Seconds that requests have to end, once somebody has asked the system to stop.
         self.stop_grace_s: float | None = None
+        #: The last one that was asked for.
+        self.rollout: Rollout | None = None
         self._announcer = Announcer()
         self._last_news = time.monotonic()
 
@@ -104,7 +107,7 @@ class Supervisor:
 
     def round(self) -> None:
         """One look at every actor; restarts what has failed or hangs, tells gateways about new addresses, goes on with
-        those that leave, and carries out orders.
+        those that leave and with a change of configuration, and carries out orders.
         """
         self.poll()
         for member in self.members:
@@ -112,6 +115,8 @@ class Supervisor:
                 self._restart_process(member, member.error)
             self._tell_waiting(member)
         leaving.step(self.roster, self._announcer, self.tell)
+        if self.rollout is not None:
+            self.rollout.step(self.roster, self.tell)
         self.orders.carry_out()
 
     def close(self, grace_s: float) -> None:

@@ -52,6 +52,11 @@ class ControlServiceStub:
                 request_serializer=branchline_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
                 response_deserializer=branchline_dot_v1_dot_control__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.Update = channel.unary_unary(
+                '/branchline.v1.ControlService/Update',
+                request_serializer=branchline_dot_v1_dot_control__pb2.UpdateRequest.SerializeToString,
+                response_deserializer=branchline_dot_v1_dot_control__pb2.UpdateResponse.FromString,
+                _registered_method=True)
         self.Stop = channel.unary_unary(
                 '/branchline.v1.ControlService/Stop',
                 request_serializer=branchline_dot_v1_dot_control__pb2.StopRequest.SerializeToString,
@@ -90,6 +95,16 @@ class ControlServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Update(self, request, context):
+        """Replaces the workers, one after the other, by ones with another configuration: a new one is ready before an old one
+        drains, and gateways use both meanwhile. A new one that fails, does not get ready in `ray.start_timeout_s`, or could
+        share no KV with the others has everything go back. INVALID_ARGUMENT for a value that is no YAML, FAILED_PRECONDITION
+        for one that is wrong, for a field that can't change while serving, and while another update is under way.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Stop(self, request, context):
         """Ends the system as SIGTERM does: gateways let nobody in, requests have `grace_ms` to end, then all processes end.
         """
@@ -114,6 +129,11 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=branchline_dot_v1_dot_control__pb2.DrainRequest.FromString,
                     response_serializer=branchline_dot_v1_dot_control__pb2.DrainResponse.SerializeToString,
+            ),
+            'Update': grpc.unary_unary_rpc_method_handler(
+                    servicer.Update,
+                    request_deserializer=branchline_dot_v1_dot_control__pb2.UpdateRequest.FromString,
+                    response_serializer=branchline_dot_v1_dot_control__pb2.UpdateResponse.SerializeToString,
             ),
             'Stop': grpc.unary_unary_rpc_method_handler(
                     servicer.Stop,
@@ -205,6 +225,33 @@ class ControlService:
             '/branchline.v1.ControlService/Drain',
             branchline_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
             branchline_dot_v1_dot_control__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Update(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/branchline.v1.ControlService/Update',
+            branchline_dot_v1_dot_control__pb2.UpdateRequest.SerializeToString,
+            branchline_dot_v1_dot_control__pb2.UpdateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -11,21 +11,25 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from branchline.config import Config, ConfigError
+from branchline.core import Fingerprint
 from branchline.workload import Workload
 
 
 async def worker(
-    _config: Config,
+    config: Config,
     *,
     ready: Callable[[str], None],
     stop: asyncio.Event,
     progress: Callable[[str], None],
     on_load: Callable[[Callable[[], Workload]], None],
 ) -> None:
-    """Serves only the health service."""
+    """Serves only the health service; with a draft head `missing` it can't."""
+    if config.model.draft == "missing":
+        raise ConfigError("model.draft: missing: there is no such draft head")
     progress(f"loading with {os.environ['OMP_NUM_THREADS']} threads, {os.environ['OMP_WAIT_POLICY']}")
     busy = os.environ.get("BRANCHLINE_TEST_BUSY", "")  # a file: while it exists there is something to finish
-    on_load(lambda: Workload(unfinished=int(bool(busy) and os.path.exists(busy))))
+    fingerprint = Fingerprint({"block": str(config.transfer.streams)})  # as if streams decided what workers can share
+    on_load(lambda: Workload(unfinished=int(bool(busy) and os.path.exists(busy)), fingerprint=fingerprint))
     await _serve_health("127.0.0.1", 0, ready, stop)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import grpc
 import pytest
@@ -26,8 +27,9 @@ ROLES = {"prefill": "cluster_roles:worker", "decode": "cluster_roles:worker", "g
 
 
 @pytest.fixture(scope="module")
-def control() -> Iterator[str]:
+def control(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A system of one prefill, two decode workers and a gateway, which is ended by a command."""
+    tmp_path_factory.getbasetemp()  # pytest's own files go elsewhere
     with pytest.MonkeyPatch.context() as patch, nothing_left() as directory:
         patch.setattr("tempfile.tempdir", str(directory))
         with local_ray(8, print) as session, running(local_env({"PYTHONPATH": str(HERE)}, session)) as address:
@@ -102,6 +104,62 @@ def test_it_grows_and_shrinks(branchline: Callable[..., tuple[int, str]], contro
     # No number is given twice.
     assert branchline("scale", "--decode", "2") == (0, "added: decode-2\n")
     assert [p.id for p in status(control).processes] == ["prefill-1", "decode-0", "decode-2", "gateway-0"]
+
+
+def workers(control: str) -> dict[str, int]:
+    """Their revisions."""
+    return {p.id: p.revision for p in status(control).processes if p.role != "gateway"}
+
+
+def test_workers_are_replaced_one_after_the_other(branchline: Callable[..., tuple[int, str]], control: str) -> None:
+    before = workers(control)
+    code, text = branchline("update", "--set", "engine.max_batch=3", "--grace", "5")
+    assert code == 0, text
+    assert text.splitlines()[-1] == "done: 3 of 3 workers have revision 1"
+    after = workers(control)
+    assert not before.keys() & after.keys()
+    assert set(after.values()) == {1}
+    assert [name.partition("-")[0] for name in after] == ["prefill", "decode", "decode"]
+    code, text = branchline("status")
+    assert "update done: 3 of 3 workers have revision 1" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("model.draft=missing", "model.draft: missing: there is no such draft head"),
+        ("transfer.streams=4", "could share no KV with prefill-"),
+    ],
+)
+def test_an_update_that_fails_is_taken_back(
+    branchline: Callable[..., tuple[int, str]], control: str, change: str, reason: str
+) -> None:
+    before = workers(control)
+    code, text = branchline("update", "--set", change, "--grace", "5")
+    assert code == 1
+    assert text.splitlines()[-1].startswith("rolled back: 3 of 3 workers have revision 1")
+    assert reason in text
+    assert workers(control) == before
+
+
+def test_a_file_says_what_changes(branchline: Callable[..., tuple[int, str]], control: str, tmp_path: Path) -> None:
+    """And a wrong one changes nothing."""
+    before, file = workers(control), tmp_path / "change.yaml"
+    for text, message in (
+        ("engine: {max_batch: many}", "engine.max_batch: must be of type int, got 'many'"),
+        ("engine: {wrong: 1}", "engine.wrong: unknown field"),
+        ("model: {model: /other}", "model.model: can't change while the system serves"),
+        ("decode: {replicas: 4}", "decode.replicas: can't change"),
+        ("gateway: {max_requests: 4}", "gateway.max_requests: can't change"),
+        ("engine", "must be sections with fields"),
+        ("{", "change.yaml"),
+    ):
+        file.write_text(text)
+        code, out = branchline("update", "--config", str(file))
+        assert (code, message in out) == (2, True), out
+    code, out = branchline("update", "--set", "engine.max_batch")
+    assert (code, "--set: must be FIELD=VALUE, got 'engine.max_batch'" in out) == (2, True), out
+    assert workers(control) == before
 
 
 @pytest.mark.parametrize(

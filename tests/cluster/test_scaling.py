@@ -81,6 +81,7 @@ def test_streams_go_on_while_workers_come_and_go(tiny: TinyModel, capsys: pytest
                     run("drain", "decode-0", "--grace", "0.5")  # what it has goes on elsewhere
                     run("drain", "prefill-0", "--grace", "30")
                     run("scale", "--decode", "2")
+                    run("update", "--tree", "chain:2", "--grace", "1")  # every worker is another one afterwards
                 finally:
                     done.append(True)
                 answers = [future.result(120) for future in running]
@@ -91,6 +92,6 @@ def test_streams_go_on_while_workers_come_and_go(tiny: TinyModel, capsys: pytest
             capsys.readouterr()
             run("status", "--json")
             ids = [worker["id"] for worker in json.loads(capsys.readouterr().out)["workers"]]
-            assert ids == ["prefill-1", "decode-1", "decode-2", "gateway-0"]
+            assert ids == ["prefill-2", "decode-3", "decode-4", "gateway-0"]
             run("stop", "--grace", "5")
             assert process.wait(30) == 0
