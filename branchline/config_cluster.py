@@ -26,6 +26,9 @@ class RayConfig:
     #: Give each CPU worker cores of its own on its node, as many as it claims, while there are enough. Two systems on
     #: the same nodes don't know of each other's cores: turn it off there.
     pin_cores: bool = True
+    #: The system outlives the process, or the job, that starts it, which ends as soon as requests can be answered.
+    #: `branchline stop` ends it. Needs a Ray that is running already.
+    detached: bool = False
 
     def __post_init__(self) -> None:
         for name in ("start_timeout_s", "hung_after_s"):

@@ -27,6 +27,7 @@ _FIELDS = {
     "tool_parser": "gateway.tool_parser",
     "reasoning_parser": "gateway.reasoning_parser",
     "ray_address": "ray.address",
+    "detach": "ray.detached",
 }
 
 
@@ -77,6 +78,12 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
         "--ray-address",
         metavar="A",
         help="join a running Ray: 'auto' or HOST:PORT; 'local' starts one (default: $RAY_ADDRESS, or start one)",
+    )
+    add(
+        "--detach",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="on a running Ray: end when requests can be answered, and leave the system there (default: no)",
     )
     add("--verbose", action="store_true", help="also show what the workers log")
 

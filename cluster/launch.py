@@ -23,6 +23,7 @@ from branchline.config import ConfigError
 from cluster.flags import add_serve_flags, config_from
 
 if TYPE_CHECKING:
+    from branchline.config import Config
     from cluster.system import Stopping, System
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
@@ -61,6 +62,8 @@ def run(arguments: argparse.Namespace, use: Callable[[System, Stopping, TextIO],
 
     out = sys.stdout
     try:
+        if config.ray.detached:
+            return _detach(config, progress, stop, verbose=arguments.verbose)
         with (
             contextlib.redirect_stdout(sys.stderr),
             running_system(config, os.environ, progress, stop.is_set, verbose=arguments.verbose) as system,
@@ -79,18 +82,41 @@ def run(arguments: argparse.Namespace, use: Callable[[System, Stopping, TextIO],
     return code
 
 
+def _detach(config: Config, progress: Progress, stop: StopSignal, *, verbose: bool) -> int:
+    """Starts a detached system and leaves it. Raises what `run` catches."""
+    if config.ray.address in ("", "local"):
+        raise ConfigError("ray.detached: needs a Ray that is running already, ray.address says which")
+    from cluster import detached
+    from cluster.session import joined_ray
+    from cluster.system import in_job, passed_on
+
+    out = sys.stdout
+    with (
+        contextlib.redirect_stdout(sys.stderr),
+        joined_ray(config.ray.address, progress, in_job=in_job(os.environ), verbose=verbose),
+    ):
+        stop.install()
+        found = detached.start(config, passed_on(os.environ), progress, stop.is_set)
+        _tell_ready(found.gateways, found.http, out)
+    progress("it runs on by itself; `branchline stop` ends it")
+    return EXIT_OK
+
+
 def fail(message: str, code: int) -> int:
     print(f"error: {message}", file=sys.stderr, flush=True)
     return code
 
 
 def _serve_until_stopped(system: System, stopping: Stopping, out: TextIO) -> int:
-    http = system.http or [""] * len(system.gateways)
-    words = ["ready", *["gateway"] * (len(system.gateways) - 1)]
-    for word, grpc, also in zip(words, system.gateways, http, strict=True):
-        print(f"{word} grpc={grpc}" + (f" http={also}" if also else ""), file=out, flush=True)
+    _tell_ready(system.gateways, system.http, out)
     system.watch(stopping)
     return EXIT_OK
+
+
+def _tell_ready(gateways: Sequence[str], http: Sequence[str], out: TextIO) -> None:
+    words = ["ready", *["gateway"] * (len(gateways) - 1)]
+    for word, grpc, also in zip(words, gateways, http or [""] * len(gateways), strict=True):
+        print(f"{word} grpc={grpc}" + (f" http={also}" if also else ""), file=out, flush=True)
 
 
 def prepare_ray_environment(*, local: bool) -> None:

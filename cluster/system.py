@@ -47,6 +47,16 @@ class System:
         self.supervisor.watch(stopping)
 
 
+def in_job(environ: Mapping[str, str]) -> bool:
+    """Whether this process is a Ray job's."""
+    return JOB_MARK in environ
+
+
+def passed_on(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables that workers get."""
+    return {name: environ[name] for name in PASSED_ON if name in environ}
+
+
 @contextlib.contextmanager
 def running_system(
     config: Config, environ: Mapping[str, str], report: Report, stopping: Stopping, *, verbose: bool = False
@@ -56,8 +66,7 @@ def running_system(
     Raises ConfigError, ModelError, StartError, SessionError, or StartInterruptedError when told to stop too early.
     """
     local = config.ray.address in ("", "local")
-    in_job = JOB_MARK in environ
-    env = {name: environ[name] for name in PASSED_ON if name in environ}
+    job, env = in_job(environ), passed_on(environ)
     with contextlib.ExitStack() as stack:
         if local:
             # Here rather than in the workers, which would do it too: a mistake shows before anything is started.
@@ -71,8 +80,8 @@ def running_system(
         else:
             plan = Plan(config)
             plan.check()
-            stack.enter_context(joined_ray(config.ray.address, report, in_job=in_job, verbose=verbose))
-        yield stack.enter_context(_supervised(config, plan, env, report, stopping, JOB_GRACE_S if in_job else GRACE_S))
+            stack.enter_context(joined_ray(config.ray.address, report, in_job=job, verbose=verbose))
+        yield stack.enter_context(supervised(config, plan, env, report, stopping, JOB_GRACE_S if job else GRACE_S))
 
 
 def _check_gpus(needed: float) -> None:
@@ -83,9 +92,10 @@ def _check_gpus(needed: float) -> None:
 
 
 @contextlib.contextmanager
-def _supervised(
+def supervised(
     config: Config, plan: Plan, env: Mapping[str, str], report: Report, stopping: Stopping, grace_s: float
 ) -> Iterator[System]:
+    """The same on the Ray that this process has joined. Raises StartError or StartInterruptedError."""
     deadline = time.monotonic() + config.ray.start_timeout_s
     supervisor = Supervisor(plan, env, report)
     try:
