@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import yaml
 from chart import EXAMPLES, Manifest, Objects, render
 
@@ -73,9 +74,24 @@ def test_a_gateway_is_stopped_when_its_requests_have_ended() -> None:
         assert "lifecycle" not in ray(pods[name])
         assert pods[name]["spec"]["terminationGracePeriodSeconds"] == 30
     assert "lifecycle" not in ray(render({"gateway": {"drainSeconds": 0}}).pods["gateway"])
-    # Nothing in the pod may ask a gateway that asks for keys or certificates.
-    keys: Manifest = {"security": {"apiKeys": {"secret": "s"}}}
-    assert ray(render(keys).pods["gateway"])["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "120"]
+
+
+@pytest.mark.parametrize(
+    ("security", "metrics", "command"),
+    [
+        ({"apiKeys": {"secret": "s"}}, 0, ["sleep", "120"]),
+        ({"apiKeys": {"secret": "s"}}, 9100, "--metrics=http://127.0.0.1:9100/metrics"),
+        ({"outside": {"enabled": True, "secret": "s"}}, 9100, "--metrics=https://127.0.0.1:9100/metrics"),
+        ({"outside": {"enabled": True, "secret": "s", "clientCa": True}}, 9100, ["sleep", "120"]),
+    ],
+)
+def test_a_gateway_that_asks_for_keys_is_asked_for_its_metrics(
+    security: Manifest, metrics: int, command: str | list[str]
+) -> None:
+    """Where they need neither key nor certificate; else nothing in the pod may ask, and the whole time is waited."""
+    pod = render({"security": security, "ports": {"metrics": metrics}}).pods["gateway"]
+    found = ray(pod)["lifecycle"]["preStop"]["exec"]["command"]
+    assert command == (found if isinstance(command, list) else found[3])
 
 
 def test_the_head_can_keep_its_state_in_a_redis() -> None:

@@ -76,14 +76,20 @@ grpc:
 {{- define "branchline.drain" -}}
 preStop:
   exec:
-    {{- if or .Values.security.outside.enabled .Values.security.apiKeys.secret }}
+    {{- $outside := .Values.security.outside }}
+    {{- $closed := or $outside.enabled .Values.security.apiKeys.secret }}
+    {{- if and $closed (or $outside.clientCa (not .Values.ports.metrics)) }}
     command: [sleep, {{ .Values.gateway.drainSeconds | quote }}]
     {{- else }}
     command:
       - python
       - -m
       - gateway.drain
+      {{- if $closed }}
+      - --metrics={{ ternary "https" "http" $outside.enabled }}://127.0.0.1:{{ .Values.ports.metrics }}/metrics
+      {{- else }}
       - --target=127.0.0.1:{{ .Values.ports.gateway }}
+      {{- end }}
       - --timeout={{ .Values.gateway.drainSeconds }}
       - --settle=10
     {{- end }}
