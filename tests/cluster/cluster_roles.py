@@ -30,7 +30,7 @@ async def worker(
     busy = os.environ.get("BRANCHLINE_TEST_BUSY", "")  # a file: while it exists there is something to finish
     fingerprint = Fingerprint({"block": str(config.transfer.streams)})  # as if streams decided what workers can share
     on_load(lambda: Workload(unfinished=int(bool(busy) and os.path.exists(busy)), fingerprint=fingerprint))
-    await _serve_health("127.0.0.1", 0, ready, stop)
+    await _serve_health(config.decode.host, 0, ready, stop)
 
 
 async def gateway(
