@@ -29,7 +29,7 @@ MIB = 1 << 20
 START_S = 60.0
 
 
-#: What the nodes differ in. The head offers one CPU, which is enough for a gateway.
+#: What the nodes differ in. The head offers one CPU, and hardly any memory.
 NODES: Mapping[str, Mapping[str, object]] = {
     ONE: {"labels": "zone=a", "memory": 600 * MIB, "resources": json.dumps({"fast": 1})},
     OTHER: {"labels": "zone=b", "memory": 2000 * MIB},
@@ -42,7 +42,7 @@ def lose(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], N
     tmp_path_factory.getbasetemp()  # pytest's own files go elsewhere
     with nothing_left() as directory, ExitStack() as stack:
         stack.callback(remove_all, directory)
-        flags = {"num-cpus": 1, "object-store-memory": 80 * MIB}
+        flags = {"num-cpus": 1, "object-store-memory": 80 * MIB, "memory": 100 * MIB}
         head = stack.enter_context(ray_head(directory, NODE_ENV, HEAD, **flags))
         there: dict[str, tuple[ExitStack, Node]] = {}
         for ip, more in NODES.items():
@@ -132,7 +132,10 @@ def supervise(supervisor: Supervisor, stop: threading.Event) -> None:
 def test_workers_of_a_lost_node_come_back_elsewhere(lose: Callable[[str], None]) -> None:
     """The last test: the node does not come back."""
     lines: list[str] = []
-    with placed(lines, **{"ray.placement": "spread", "decode.replicas": 2}) as supervisor:
+    # Decode workers are too large for the head, and both fit on a node.
+    sizes = {"decode.replicas": 2, "decode.num_cpus": 1.5, "prefill.num_cpus": 0.25, "gateway.num_cpus": 0.25}
+    with placed(lines, **{"ray.placement": "spread", **sizes}) as supervisor:
+        assert where(supervisor, "decode") == Counter({ONE: 1, OTHER: 1})
         lost = next(member for member in supervisor.roster.of("decode") if member.info and member.info.node_ip == ONE)
         before = lost.address
         lose(ONE)

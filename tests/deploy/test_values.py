@@ -19,7 +19,7 @@ FILLED_IN = {
 }
 #: Sections that the chart makes of its own `security` and `ports`.
 FILLED_SECTIONS = {"control", "security"}
-NOT_FOR_RAY = {"prefill_workers", "decode_workers", "address"}
+NOT_FOR_RAY = {"detached", "prefill_workers", "decode_workers", "address"}
 
 
 @pytest.mark.parametrize("major", sorted(PACKAGES))
