@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +14,11 @@ from cluster.placement import Claims, Seat
 
 @dataclass(frozen=True)
 class Bundle:
-    """A place that Ray keeps free for one actor."""
+    """A place that Ray keeps free for one actor of a role."""
 
     group: PlacementGroup
     index: int
+    role: str
     claims: Claims
 
 
@@ -43,9 +43,9 @@ class Groups:
                 self._add("PACK", pair)
 
     def take(self, seat: Seat) -> Any:
-        """Ray's scheduling strategy for an actor: a place that is free and claims the same, else None."""
-        bundle = next((free for free in self._free if free.claims == seat.claims), None)
-        if bundle is None or seat.role == "gateway":
+        """Ray's scheduling strategy for an actor: a place for its role that is free and claims the same, else None."""
+        bundle = next((free for free in self._free if (free.role, free.claims) == (seat.role, seat.claims)), None)
+        if bundle is None:
             return None
         self._free.remove(bundle)
         self._taken[seat.name] = bundle
@@ -71,4 +71,4 @@ class Groups:
             bundle_label_selector=[dict(each.labels) for each in claims] if any(c.labels for c in claims) else None,
         )
         self._groups.append(group)
-        self._free += [Bundle(group, index, each) for index, each in zip(itertools.count(), claims)]
+        self._free += [Bundle(group, index, seat.role, seat.claims) for index, seat in enumerate(seats)]
