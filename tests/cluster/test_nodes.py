@@ -66,9 +66,14 @@ def lose(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], N
             ray.shutdown()
 
 
+def everything_is_free() -> bool:
+    return ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]
+
+
 @contextmanager
 def placed(lines: list[str], **settings: object) -> Iterator[Supervisor]:
-    """A system that is ready."""
+    """A system that is ready. It begins when Ray has noticed that the one before has gone."""
+    wait_until(everything_is_free, START_S, "all CPUs are free")
     hosts = {f"{role}.host": "0.0.0.0" for role in ROLES}  # each node is reached at its own address
     config = Config().override(**{"engine.threads": 1, "ray.pin_cores": False, **hosts, **settings})
     supervisor = Supervisor(Plan(config, serve_paths=ROLES), {}, lines.append)
