@@ -84,8 +84,8 @@ def test_chains_of_the_head_equal_the_dense_implementation(
 ) -> None:
     """Both draft chains of three from every third position of the answers, the dense one from transformers' states.
 
-    They must be the same tokens, and right about as often as the head's card says (a chain of three makes 1.32
-    tokens a forward): few prompts, so the bounds are wide.
+    They must be the same tokens, and right about as often as the head's card says of a chain of three: few
+    prompts, so the bounds are wide.
     """
     target, head = loaded
     draft_dir = locate_draft("default")
@@ -107,7 +107,7 @@ def test_chains_of_the_head_equal_the_dense_implementation(
             accepted += [*right, False].index(False)
             chains += 1
     assert agreed == chains
-    assert 1.15 < 1 + accepted / chains < 1.8
+    assert 1.3 < 1 + accepted / chains < 2.2
 
 
 def draft_chain(head: Eagle3Head, tokens: torch.Tensor, fused: torch.Tensor) -> list[int]:
