@@ -19,6 +19,7 @@ from branchline.config_base import require as _require
 from branchline.config_cluster import ControlConfig, RayConfig
 from branchline.config_model import CORES_TO_SHARE_OUT, DEVICES, DTYPES, PROVIDERS, EngineConfig, ModelConfig
 from branchline.config_observe import LoggingConfig, TracingConfig
+from branchline.config_others import check_others, laid_over
 from branchline.config_roles import ROUTINGS, GatewayConfig, TransferConfig, WorkerConfig
 from branchline.config_security import SecurityConfig
 
@@ -62,12 +63,28 @@ class Config:
     tracing: TracingConfig = field(default_factory=TracingConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     security: SecurityConfig = field(default_factory=SecurityConfig)
+    #: More models that the same gateways serve, each with workers of its own: by the name that requests give, what
+    #: differs from the sections above.
+    others: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _require(
             not self.engine.compile or self.model.provider == "vllm",
             f"engine.compile: the provider must be vllm, model.provider is {self.model.provider}",
         )
+        check_others(self.others, self.gateway.served_model_name)
+        self.each()  # whose values are checked, too
+
+    def each(self) -> dict[str, Config]:
+        """The configuration of each model: "" is the main one, the others have their names."""
+        own = dataclasses.replace(self, others={}) if self.others else self
+        found = {"": own}
+        for name, differences in self.others.items():
+            try:
+                found[name] = from_mapping(laid_over(to_mapping(own), differences, name))
+            except ConfigError as error:
+                raise ConfigError(f"others.{name}.{error}") from None
+        return found
 
     def override(self, **flags: Any) -> Config:
         """A copy with flags laid over: `override(**{"model.dtype": "float32"})`. A flag of None is skipped."""
@@ -106,13 +123,13 @@ def from_mapping(tree: Mapping[str, Any]) -> Config:
 
 def to_mapping(config: Config) -> dict[str, Any]:
     """The inverse of `from_mapping`: plain dicts and lists, fit for YAML."""
-    return {
-        section.name: {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in dataclasses.asdict(getattr(config, section.name)).items()
-        }
-        for section in dataclasses.fields(config)
+    tree: dict[str, Any] = dataclasses.asdict(config)
+    others = tree.pop("others")
+    sections = {
+        section: {key: list(value) if isinstance(value, tuple) else value for key, value in part.items()}
+        for section, part in tree.items()
     }
+    return {**sections, "others": others}
 
 
 def build(cls: type, tree: Any, path: str = "") -> Any:
@@ -138,6 +155,9 @@ def build(cls: type, tree: Any, path: str = "") -> Any:
 def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, where)
+    if typing.get_origin(hint) is Mapping:
+        _require(isinstance(value, Mapping), f"{where}: must be a mapping, got {type(value).__name__}")
+        return value
     if isinstance(hint, types.GenericAlias):
         item_type = typing.get_args(hint)[0]
         allowed = (int, float) if item_type is float else (item_type,)

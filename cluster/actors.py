@@ -34,11 +34,17 @@ class WorkerPool(Protocol):
 
 @dataclass(frozen=True)
 class News:
-    """Where the workers are: addresses, and which of them are given nothing new."""
+    """Where the workers are: pairs of a model, as `Config.each` names it, and an address."""
 
-    prefill: tuple[str, ...] = ()
-    decode: tuple[str, ...] = ()
+    prefill: tuple[tuple[str, str], ...] = ()
+    decode: tuple[tuple[str, str], ...] = ()
+    #: Addresses of those that are given nothing new.
     draining: tuple[str, ...] = ()
+
+    def of(self, model: str) -> tuple[list[str], list[str], list[str]]:
+        """What the pool of one model has to know: the prefill and the decode workers' addresses, and `draining`."""
+        prefill, decode = ([address for each, address in role if each == model] for role in (self.prefill, self.decode))
+        return prefill, decode, list(self.draining)
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ class RoleActor:
         self._name = serve_path.partition(".")[0].removesuffix("_worker")
         self._role = RoleThread(serve_path)
         self._routes = routes
-        self._pool: WorkerPool | None = None
+        self._pools: Mapping[str, WorkerPool] = {}
         self._workers = News()
         self._drain: Callable[[], None] | None = None
 
@@ -83,7 +89,7 @@ class RoleActor:
         """Begins to serve, unless it does already."""
         logs.set_up(config.logging, self._name, logging.WARNING)
         if self._routes:
-            self._role.start(config, cores, on_pool=self._take_pool, on_drain=self._take_drain)
+            self._role.start(config, cores, on_pools=self._take_pools, on_drain=self._take_drain)
         else:
             self._role.start(config, cores)
 
@@ -107,8 +113,7 @@ class RoleActor:
     def update_workers(self, news: News) -> None:
         """Tells a gateway where the workers are now; it may be loading still."""
         self._workers = news
-        if self._pool is not None:
-            self._pool.update(news.prefill, news.decode, news.draining)
+        self._tell_pools()
 
     def drain(self) -> None:
         """Makes a gateway let nobody in any more; it goes on with the requests that it has."""
@@ -119,10 +124,14 @@ class RoleActor:
         """Ends `serve`; True when it ended within `grace_s` seconds."""
         return self._role.stop(grace_s)
 
-    def _take_pool(self, pool: WorkerPool) -> None:
+    def _take_pools(self, pools: Mapping[str, WorkerPool]) -> None:
         """In the role's thread. Each side sets its own first and then reads the other's, so none is missed."""
-        self._pool = pool
-        pool.update(self._workers.prefill, self._workers.decode, self._workers.draining)
+        self._pools = pools
+        self._tell_pools()
+
+    def _tell_pools(self) -> None:
+        for model, pool in self._pools.items():
+            pool.update(*self._workers.of(model))
 
     def _take_drain(self, drain: Callable[[], None]) -> None:
         self._drain = drain

@@ -51,7 +51,8 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         for role, count in counts.items():
             if count < 1:
                 raise RpcFailure(grpc.StatusCode.INVALID_ARGUMENT, f"{role}: must be at least 1, got {count}")
-        added, draining = await self._ordered(lambda: steering.scale(self._supervisor, counts, request.grace_ms / 1000))
+        grace_s = request.grace_ms / 1000
+        added, draining = await self._ordered(lambda: steering.scale(self._supervisor, counts, grace_s, request.model))
         return control_pb2.ScaleResponse(added=added, draining=draining)
 
     async def Drain(  # noqa: N802 - as the contract has it
@@ -118,6 +119,7 @@ def _process(member: Member, now: float) -> control_pb2.ClusterProcess:
         restarts=member.deaths,
         cores=member.cores,
         revision=member.seat.revision,
+        model=member.seat.model,
     )
     if member.info is not None:
         process.node, process.pid = member.info.node_ip, member.info.pid

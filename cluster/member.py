@@ -113,6 +113,11 @@ class Member:
         return self.seat.role
 
     @property
+    def for_model(self) -> str:
+        """To be put behind its name: which of several models it serves, empty for the main one."""
+        return f" for {self.seat.model}" if self.seat.model else ""
+
+    @property
     def ready(self) -> bool:
         return self.state is State.READY
 

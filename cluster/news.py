@@ -45,6 +45,8 @@ class Announcer:
 def news_of(members: Sequence[Member]) -> News:
     """Workers stay at an address, as far as gateways know, until they are dropped or are ready at another one."""
     there = [m for m in members if m.address and (m.leaving is None or m.leaving.dropped_at is None)]
-    prefill, decode = (tuple(m.address for m in there if m.role == role) for role in ("prefill", "decode"))
+    prefill, decode = (
+        tuple((m.seat.model, m.address) for m in there if m.role == role) for role in ("prefill", "decode")
+    )
     draining = tuple(m.address for m in there if m.leaving is not None and m.role != "gateway")
     return News(prefill, decode, draining)

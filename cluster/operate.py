@@ -55,6 +55,7 @@ def add_operate_flags(parser: argparse.ArgumentParser, command: str) -> None:
             add(
                 f"--{role}", type=_count, metavar="N", help="as many as there are to be (default: as many as there are)"
             )
+        add("--model", default="", metavar="NAME", help="of which of the other models (default: the main one)")
     if command == "drain":
         add("id", metavar="ID", help="as `status` shows it, such as decode-1")
     if command == "update":
@@ -132,7 +133,7 @@ def _scale(stub: Any, arguments: argparse.Namespace) -> int:
     asked = {role: count for role, count in counts.items() if count is not None}
     if not asked:
         raise InvalidRequestError("scale: --prefill, --decode or --gateway is needed")
-    request = control_pb2.ScaleRequest(grace_ms=_ms(arguments.grace), **asked)
+    request = control_pb2.ScaleRequest(grace_ms=_ms(arguments.grace), model=arguments.model, **asked)
     answer = stub.Scale(request, timeout=CALL_TIMEOUT_S)
     for word, ids in (("added", answer.added), ("draining", answer.draining)):
         if ids:

@@ -32,6 +32,7 @@ def add_option_flags(parser: argparse.ArgumentParser) -> None:
     add("--ignore-eos", action="store_true", help="go on past the model's end-of-sequence tokens")
     add("--draft-nodes", type=int, metavar="N", help="verify at most so many draft nodes in a step; 0: plain decoding")
     add("--priority", type=int, metavar="P", help="from -100 to 100; one level is worth ten seconds of waiting")
+    add("--served-model", metavar="NAME", help="which of the models that are served (default: the first)")
     add("--session", metavar="S", help="requests with the same text go to the same workers where gateways route by it")
 
 
@@ -63,6 +64,7 @@ def options_from(arguments: argparse.Namespace) -> GenerateOptions:
         draft_nodes=arguments.draft_nodes,
         priority=arguments.priority,
         session=arguments.session,
+        model=arguments.served_model,
     )
 
 

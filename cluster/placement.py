@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -61,6 +62,8 @@ class Seat:
     slot: int = 0
     #: The plan's that it was made from.
     revision: int = 0
+    #: Which it serves, as `Config.each` names it; a gateway serves all.
+    model: str = ""
 
     @property
     def name(self) -> str:
@@ -90,70 +93,91 @@ class Plan:
     def first(self) -> list[Seat]:
         """Workers first, gateways last. Raises ConfigError for a claim that can't work."""
         self.check()
-        shares = _share_cores(self.config, self.cores)
-        return [
-            self._seat(role, index, index, shares.get((role, index), ()), self._claims(role))
-            for role in ROLES
-            for index in range(self._part(role).replicas)
-        ]
+        configs, shares = self.config.each(), _share_cores(self.config, self.cores)
+        seats = []
+        for role in ROLES:
+            places = [(model, slot) for model in _models(configs, role)
+                      for slot in range(part_of(configs[model], role).replicas)]  # fmt: skip
+            for index, (model, slot) in enumerate(places):
+                pinned, claims = shares.get((role, index), ()), _claims(part_of(configs[model], role))
+                seats.append(self._seat(role, index, slot, pinned, claims, model))
+        return seats
 
-    def seat(self, role: str, index: int, slot: int) -> Seat:
+    def seat(self, role: str, index: int, slot: int, model: str = "") -> Seat:
         """A later one. A local Ray offers no more CPUs than the first ones claim, so that a later one claims none."""
-        claims = self._claims(role)
+        claims = _claims(part_of(self.config.each()[model], role))
         if self.local:
             claims = Claims(0.0, claims.num_gpus, claims.memory_mib, claims.resource, claims.labels)
-        return self._seat(role, index, slot, (), claims)
+        return self._seat(role, index, slot, (), claims, model)
 
     def check(self) -> None:
         """Raises ConfigError for a claim that can't work."""
+        configs = self.config.each()
         for role in ROLES:
-            part, claims = self._part(role), self._claims(role)
-            if role != "gateway" and self.config.model.device == "cuda" and claims.num_gpus == 0:
-                raise ConfigError(f"{role}.num_gpus: must be above 0 with model.device cuda: Ray hides unclaimed GPUs")
-            if self.config.ray.placement != "none" and role != "gateway" and not claims.resources:
-                raise ConfigError(f"{role}.num_cpus: must be above 0 with ray.placement {self.config.ray.placement}")
-            if self.local and part.resource:
-                raise ConfigError(f"{role}.resource: a Ray that is started here offers no {part.resource!r}")
-            if self.local and part.labels:
-                raise ConfigError(f"{role}.labels: a Ray that is started here has no labels, got {list(part.labels)}")
+            for model in _models(configs, role):
+                try:
+                    self._check(role, configs[model])
+                except ConfigError as error:
+                    raise ConfigError(f"others.{model}.{error}" if model else str(error)) from None
 
-    def threads(self, role: str, cores: int) -> int:
+    def _check(self, role: str, config: Config) -> None:
+        part = part_of(config, role)
+        claims = _claims(part)
+        if role != "gateway" and config.model.device == "cuda" and claims.num_gpus == 0:
+            raise ConfigError(f"{role}.num_gpus: must be above 0 with model.device cuda: Ray hides unclaimed GPUs")
+        if config.ray.placement != "none" and role != "gateway" and not claims.resources:
+            raise ConfigError(f"{role}.num_cpus: must be above 0 with ray.placement {config.ray.placement}")
+        if self.local and part.resource:
+            raise ConfigError(f"{role}.resource: a Ray that is started here offers no {part.resource!r}")
+        if self.local and part.labels:
+            raise ConfigError(f"{role}.labels: a Ray that is started here has no labels, got {list(part.labels)}")
+
+    def threads(self, seat: Seat, cores: int) -> int:
         """Compute threads of a worker that has so many cores to itself."""
-        return min(self.config.engine.threads_for(role, cores, shared=False), max(1, cores))
+        engine = self.config.each()[seat.model].engine
+        return min(engine.threads_for(seat.role, cores, shared=False), max(1, cores))
 
     def changed(self, config: Config) -> Plan:
         """The next revision."""
         return dataclasses.replace(self, config=config, revision=self.revision + 1)
 
-    def _part(self, role: str) -> WorkerConfig | GatewayConfig:
-        part: WorkerConfig | GatewayConfig = getattr(self.config, role)
-        return part
-
-    def _claims(self, role: str) -> Claims:
-        part = self._part(role)
-        gpus = part.num_gpus if isinstance(part, WorkerConfig) else 0.0
-        labels = {key: value for key, _, value in (label.partition("=") for label in part.labels)}
-        return Claims(part.num_cpus, gpus, part.memory_mib, part.resource, labels)
-
-    def _seat(self, role: str, index: int, slot: int, pinned: tuple[int, ...], claims: Claims) -> Seat:
-        part = self._part(role)
+    def _seat(self, role: str, index: int, slot: int, pinned: tuple[int, ...], claims: Claims, model: str) -> Seat:
+        config = self.config if role == "gateway" else self.config.each()[model]
+        part = part_of(config, role)
         usable = len(pinned or self.cores) or math.floor(part.num_cpus)
-        threads = self.config.engine.threads_for(role, usable, shared=self.local and not pinned)
+        threads = config.engine.threads_for(role, usable, shared=self.local and not pinned)
         # With a resource of their own they are on different nodes.
         offset = 0 if part.resource else slot
         names = ("grpc_port", "http_port") if role == "gateway" else ("port",)
         ports = {f"{role}.{name}": _counted(getattr(part, name), offset) for name in (*names, "metrics_port")}
-        own = self.config.override(**{"engine.threads": threads}, **ports)
-        return Seat(role, index, self.serve_paths[role], own, claims, pinned, self._share(role), slot, self.revision)
+        own = config.override(**{"engine.threads": threads}, **ports)
+        share, path = self._share(role, part), self.serve_paths[role]
+        return Seat(role, index, path, own, claims, pinned, share, slot, self.revision, model)
 
-    def _share(self, role: str) -> int:
+    def _share(self, role: str, part: WorkerConfig | GatewayConfig) -> int:
         """Gateways are not pinned: they wait for the network most of the time. Neither are workers on GPUs."""
-        part = self._part(role)
         if not isinstance(part, WorkerConfig) or part.num_gpus > 0 or not self.config.ray.pin_cores:
             return 0
         if self.local:
             return len(_share_cores(self.config, self.cores).get((role, 0), ()))
         return max(1, math.floor(part.num_cpus))
+
+
+def part_of(config: Config, role: str) -> WorkerConfig | GatewayConfig:
+    """A role's section."""
+    part: WorkerConfig | GatewayConfig = getattr(config, role)
+    return part
+
+
+def _models(configs: Mapping[str, Config], role: str) -> Sequence[str]:
+    """Those that a role has processes for; a gateway serves all."""
+    return [""] if role == "gateway" else list(configs)
+
+
+def _claims(part: WorkerConfig | GatewayConfig) -> Claims:
+    gpus = part.num_gpus if isinstance(part, WorkerConfig) else 0.0
+    labels = {key: value for key, _, value in (label.partition("=") for label in part.labels)}
+    return Claims(part.num_cpus, gpus, part.memory_mib, part.resource, labels)
 
 
 def plan(config: Config, cores: Sequence[int] = (), serve_paths: Mapping[str, str] = SERVE_PATHS) -> list[Seat]:
@@ -176,15 +200,15 @@ def needed_resources(seats: Sequence[Seat]) -> dict[str, float]:
 
 def _share_cores(config: Config, cores: Sequence[int]) -> dict[tuple[str, int], tuple[int, ...]]:
     """Divides the cores among the CPU workers by their `num_cpus`; empty when there are too few to divide."""
-    workers = [
-        (role, index)
-        for role in WORKER_ROLES
-        if getattr(config, role).num_gpus == 0
-        for index in range(getattr(config, role).replicas)
-    ]
+    claimed: dict[tuple[str, int], float] = {}
+    for role in WORKER_ROLES:
+        sections: list[WorkerConfig] = [getattr(own, role) for own in config.each().values()]
+        replicas = itertools.chain.from_iterable([section] * section.replicas for section in sections)
+        claimed |= {(role, index): part.num_cpus for index, part in enumerate(replicas) if part.num_gpus == 0}
+    workers = list(claimed)
     if not config.ray.pin_cores or len(cores) < max(CORES_TO_SHARE_OUT, len(workers)) or not workers:
         return {}
-    weights = [max(getattr(config, role).num_cpus, 1.0) for role, _ in workers]
+    weights = [max(num_cpus, 1.0) for num_cpus in claimed.values()]
     shares, taken, weight = {}, 0, 0.0
     for number, worker in enumerate(workers, start=1):
         weight += weights[number - 1]

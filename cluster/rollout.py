@@ -29,11 +29,15 @@ class Phase(enum.StrEnum):
     STUCK = "stuck"
 
 
-def refused(fields: Iterable[str]) -> str:
-    """The first of these fields that can't change while serving; empty when all can."""
+def refused(fields: Iterable[str], others: Iterable[str] = ()) -> str:
+    """The first of these fields that can't change while serving; empty when all can. `others`: models besides the main
+    one, whose fields are `others.NAME.…`.
+    """
+    prefixes = [f"others.{name}." for name in others]
     for name in fields:
-        allowed = name in CHANGEABLE or name.partition(".")[0] in CHANGEABLE
-        if not allowed or name in FIXED:
+        own = next((name.removeprefix(prefix) for prefix in prefixes if name.startswith(prefix)), name)
+        allowed = own in CHANGEABLE or own.partition(".")[0] in CHANGEABLE
+        if not allowed or own in FIXED:
             return name
     return ""
 
@@ -83,7 +87,7 @@ class Rollout:
             self.phase = Phase.DONE if self.phase is Phase.ROLLING else Phase.ROLLED_BACK
             tell(f"update: {self.phase}, {self.detail(roster)}")
             return
-        self._newcomer, self._began = roster.add(old.role), time.monotonic()
+        self._newcomer, self._began = roster.add(old.role, old.seat.model), time.monotonic()
         tell(f"update: {self._newcomer.name} is to take the place of {old.name}")
 
     def _look_at(self, newcomer: Member, roster: Roster, tell: Tell) -> None:
@@ -96,21 +100,24 @@ class Rollout:
                 self._give_up(problem, roster, tell)
                 return
             self._newcomer = None
-            if old := self._next(roster, newcomer.role):
+            if old := self._next(roster, newcomer):
                 leaving.begin(old, self.grace_s)
                 self._going.append(old)
         elif time.monotonic() > self._began + self.patience_s:
             detail = newcomer.detail(time.monotonic()) or "it is still loading"
             self._give_up(f"{newcomer.name}: not ready after {self.patience_s:g} s: {detail}", roster, tell)
 
-    def _next(self, roster: Roster, role: str = "") -> Member | None:
-        """Who is to be replaced: of another revision than is aimed at, those that aren't ready first."""
+    def _next(self, roster: Roster, newcomer: Member | None = None) -> Member | None:
+        """Who is to be replaced, by `newcomer` if there is one: of another revision than is aimed at, those that aren't
+        ready first.
+        """
         stale = [
             member
-            for each in WORKER_ROLES
-            if role in ("", each)
-            for member in roster.staying(each)
-            if member.seat.revision != roster.plan.revision
+            for member in roster.members
+            if member.role in WORKER_ROLES
+            and member.leaving is None
+            and member.seat.revision != roster.plan.revision
+            and (newcomer is None or (member.role, member.seat.model) == (newcomer.role, newcomer.seat.model))
         ]
         return min(stale, key=lambda one: (WORKER_ROLES.index(one.role), one.ready, one.seat.index), default=None)
 
@@ -132,7 +139,7 @@ def _misfit(newcomer: Member, roster: Roster) -> str:
     """Why a worker that is ready can't work with those that there are; empty when it can, or when nobody knows."""
     ours = newcomer.load.fingerprint if newcomer.load else None
     for role in WORKER_ROLES:
-        for other in roster.staying(role):
+        for other in roster.staying(role, newcomer.seat.model):
             theirs = other.load.fingerprint if other.load else None
             if ours and theirs and ours.target != theirs.target:
                 names = sorted(name for name in ours.target.keys() | theirs.target.keys()

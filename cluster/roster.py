@@ -35,20 +35,20 @@ class Roster:
             self._join(seat)
             self._numbers[seat.role] += 1
 
-    def add(self, role: str) -> Member:
+    def add(self, role: str, model: str = "") -> Member:
         """Creates one more, idle."""
-        used = {member.seat.slot for member in self.of(role)}
+        used = {member.seat.slot for member in self.of(role) if member.seat.model == model}
         slot = next(number for number in range(len(used) + 1) if number not in used)
-        seat = self.plan.seat(role, self._numbers[role], slot)
+        seat = self.plan.seat(role, self._numbers[role], slot, model)
         self._numbers[role] += 1
         return self._join(seat)
 
     def of(self, role: str) -> list[Member]:
         return [member for member in self.members if member.role == role]
 
-    def staying(self, role: str) -> list[Member]:
-        """Those of a role that are not on their way out."""
-        return [member for member in self.of(role) if member.leaving is None]
+    def staying(self, role: str, model: str) -> list[Member]:
+        """Those of a role, for a model, that are not on their way out."""
+        return [member for member in self.of(role) if member.leaving is None and member.seat.model == model]
 
     def find(self, name: str) -> Member | None:
         return next((member for member in self.members if member.name == name), None)
@@ -72,7 +72,7 @@ class Roster:
         seat, info = member.seat, member.info
         member.cores = self.cores.take(member.name, info.node_id, info.cores, seat.share, seat.cores)
         if member.cores and member.cores != seat.cores:
-            return seat.config.override(**{"engine.threads": self.plan.threads(seat.role, len(member.cores))})
+            return seat.config.override(**{"engine.threads": self.plan.threads(seat, len(member.cores))})
         if seat.role == "gateway" or self.plan.local:
             return seat.config
         # Its node may have fewer cores than it claims CPUs.

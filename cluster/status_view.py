@@ -31,7 +31,12 @@ def as_table(cluster: control_pb2.GetClusterResponse) -> str:
 
 def _row(process: control_pb2.ClusterProcess) -> tuple[str, ...]:
     restarts = f"{process.restarts} restart{'s' if process.restarts > 1 else ''}" if process.restarts else ""
-    notes = [process.detail, restarts, f"http {process.http_address}" if process.http_address else ""]
+    notes = [
+        f"for {process.model}" if process.model else "",
+        process.detail,
+        restarts,
+        f"http {process.http_address}" if process.http_address else "",
+    ]
     return (
         process.id,
         process.state,

@@ -14,14 +14,23 @@ from cluster.rollout import CHANGEABLE, FIXED, Rollout, refused
 from cluster.supervisor import Supervisor
 
 
-def scale(supervisor: Supervisor, counts: Mapping[str, int], grace_s: float) -> tuple[list[str], list[str]]:
-    """Adds or drains until each role has that many; the names of those added, and of those that drain.
+def scale(
+    supervisor: Supervisor, counts: Mapping[str, int], grace_s: float, model: str = ""
+) -> tuple[list[str], list[str]]:
+    """Adds or drains until each role has that many for `model`, as `Config.each` names it; the names of those added,
+    and of those that drain.
 
     Those that are not ready go first, then those with the least to do, the youngest of several. Raises
     RefusedError.
     """
     _require_serving(supervisor)
     roster = supervisor.roster
+    if model not in (known := roster.plan.config.each()):
+        raise UnknownError(
+            f"{model}: no such model among the others, which are {', '.join(filter(None, known)) or 'none'}"
+        )
+    if model and "gateway" in counts:
+        raise RefusedError("gateway: they serve all models; scale them without naming one")
     for role, count in counts.items():
         if role not in ROLES:
             raise UnknownError(f"{role}: no such role, there are {', '.join(ROLES)}")
@@ -29,8 +38,8 @@ def scale(supervisor: Supervisor, counts: Mapping[str, int], grace_s: float) -> 
             raise RefusedError(f"{role}: must be at least 1, got {count}")
     added, draining = [], []
     for role, count in counts.items():
-        staying = roster.staying(role)
-        added += [roster.add(role).name for _ in range(count - len(staying))]
+        staying = roster.staying(role, model)
+        added += [roster.add(role, model).name for _ in range(count - len(staying))]
         staying.sort(key=lambda m: (m.ready, m.load.unfinished if m.load else 0, -m.seat.index))
         for member in staying[: max(0, len(staying) - count)]:
             leaving.begin(member, grace_s)
@@ -46,9 +55,9 @@ def drain(supervisor: Supervisor, name: str, grace_s: float) -> None:
     member = roster.find(name)
     if member is None:
         raise UnknownError(f"{name}: there is none of that name; there are {', '.join(m.name for m in roster.members)}")
-    others = [other for other in roster.of(member.role) if other is not member and other.serving]
+    others = [other for other in roster.staying(member.role, member.seat.model) if other is not member and other.ready]
     if member.ready and not others:
-        raise RefusedError(f"{name}: it is the only {member.role} that is ready; scale up first")
+        raise RefusedError(f"{name}: it is the only {member.role} that is ready{member.for_model}; scale up first")
     leaving.begin(member, grace_s)
     supervisor.tell(f"{name}: drains, {grace_s:g} s at most")
 
@@ -61,7 +70,7 @@ def update(supervisor: Supervisor, changes: Mapping[str, Any], grace_s: float) -
     roster = supervisor.roster
     if supervisor.rollout is not None and not supervisor.rollout.over:
         raise RefusedError("an update is under way; `branchline status` shows how far it is")
-    if name := refused(changes):
+    if name := refused(changes, roster.plan.config.others):
         raise RefusedError(f"{name}: can't change while the system serves; only {', '.join(CHANGEABLE)} can,"
                            f" without {', '.join(FIXED)}")  # fmt: skip
     try:

@@ -70,8 +70,9 @@ def running_system(
     with contextlib.ExitStack() as stack:
         if local:
             # Here rather than in the workers, which would do it too: a mistake shows before anything is started.
-            locate_model(config.model.model, report)
-            locate_draft(config.model.draft, config.model.model, report)
+            for own in config.each().values():
+                locate_model(own.model.model, report)
+                locate_draft(own.model.draft, own.model.model, report)
             plan = Plan(config, tuple(sorted(os.sched_getaffinity(0))))
             needed = needed_resources(plan.first())
             session = stack.enter_context(local_ray(needed["CPU"], report, verbose=verbose))

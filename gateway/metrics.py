@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import grpc
 from prometheus_client import CollectorRegistry, Histogram
 
 from branchline.observe.metrics import REQUEST_S, TOKEN_S, Family, Sheet, StateCollector, histogram, registry_of
-from gateway.backend import Backend
 from gateway.door import Door
 from gateway.worker import Role
+
+if TYPE_CHECKING:
+    from gateway.model import Model
 
 REQUESTS = Family(
     "branchline_gateway_requests_total",
@@ -35,7 +40,10 @@ PREEMPTIONS = Family(
     "branchline_gateway_preemptions_total", "counter", "Times that a sample's blocks went to a more important request."
 )
 WORKERS = Family(
-    "branchline_gateway_workers", "gauge", "Workers known, by role and by whether they answer.", ("role", "state")
+    "branchline_gateway_workers",
+    "gauge",
+    "Workers known, by role, by whether they answer, and by the model that they have.",
+    ("role", "state", "model"),
 )
 QUEUE_S = Family(
     "branchline_gateway_queue_seconds", "histogram", "From a request's arrival until it has a pair of workers."
@@ -90,21 +98,21 @@ class Counts:
         self.histograms[family].observe(value)
 
 
-def gateway_registry(backend: Backend, door: Door, counts: Counts) -> CollectorRegistry:
-    """To be read on the gateway's event loop."""
+def gateway_registry(models: Sequence[Model], door: Door, counts: Counts) -> CollectorRegistry:
+    """To be read on the gateway's event loop. `models` may grow."""
 
     def read(sheet: Sheet) -> None:
         for (interface, code), count in counts.requests.items():
             sheet.put(REQUESTS, count, interface, code)
         sheet.put(RUNNING, door.active_requests)
         sheet.put(LIMIT, door.max_requests)
-        sheet.put(QUEUED, backend.placer.waiting)
+        sheet.put(QUEUED, sum(model.backend.placer.waiting for model in models))
         sheet.put_each(TOKENS, {kind: counts.tokens[kind] for kind in TOKEN_KINDS})
         sheet.put(FAILOVERS, counts.failovers)
         sheet.put(PREEMPTIONS, counts.preemptions)
-        for role in Role:
+        for model, role in itertools.product(models, Role):
             for state, healthy in (("up", True), ("down", False)):
-                workers = [w for w in backend.pool.workers if w.role is role and w.healthy is healthy]
-                sheet.put(WORKERS, len(workers), role, state)
+                workers = [w for w in model.backend.pool.workers if w.role is role and w.healthy is healthy]
+                sheet.put(WORKERS, len(workers), role, state, model.name)
 
     return registry_of("gateway", StateCollector(FAMILIES, read, counts.histograms))

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,12 +16,13 @@ from branchline.engine.models.locate import locate_model
 from branchline.observe.exposition import exposed
 from branchline.observe.tracing import Tracer, tracing
 from branchline.wire.server import RpcServer, is_loopback
-from branchline.wire.tls import ServerFiles, channel_tls, outside_files, server_context, server_credentials
+from branchline.wire.tls import ChannelTls, ServerFiles, channel_tls, outside_files, server_context, server_credentials
 from branchline.workload import Workload, nobody
 from gateway.backend import Backend
 from gateway.background import Background
 from gateway.desk import Desk
 from gateway.keys import Keyring
+from gateway.model import Model
 from gateway.parsing import Parsers
 from gateway.pool import WorkerPool, WorkersNotReadyError
 from gateway.service import GatewayService
@@ -44,8 +45,9 @@ def _silent(_line: str) -> None:
 class Hooks:
     """What whoever runs the gateway is handed as soon as it exists."""
 
-    #: The pool of workers, whose `update` may be called from any thread when addresses change.
-    on_pool: Callable[[WorkerPool], None] = nobody
+    #: The pools of workers by model as `Config.each` names them; their `update` may be called from any thread when
+    #: addresses change.
+    on_pools: Callable[[Mapping[str, WorkerPool]], None] = nobody
     #: What tells the gateway's load, and what makes it drain: it lets nobody in to generate any more, and serves those
     #: inside. Both to be called on this event loop.
     on_load: Callable[[Callable[[], Workload]], None] = nobody
@@ -58,7 +60,7 @@ async def serve(
     ready: Callable[..., None],
     stop: asyncio.Event,
     progress: Callable[[str], None] = _silent,
-    on_pool: Callable[[WorkerPool], None] = nobody,
+    on_pools: Callable[[Mapping[str, WorkerPool]], None] = nobody,
     on_load: Callable[[Callable[[], Workload]], None] = nobody,
     on_drain: Callable[[Callable[[], None]], None] = nobody,
 ) -> None:
@@ -70,7 +72,7 @@ async def serve(
     raises.
     """
     async with tracing(config.tracing, "gateway", secrets.token_hex(8)) as tracer:
-        await _serve(config, tracer, ready, stop, progress, Hooks(on_pool, on_load, on_drain))
+        await _serve(config, tracer, ready, stop, progress, Hooks(on_pools, on_load, on_drain))
 
 
 async def _serve(
@@ -87,23 +89,23 @@ async def _serve(
     credentials = server_credentials(files)
     keyring = Keyring(config.security.api_keys) if config.security.api_keys else None
     _warn_of_openness(config)
-    tokens = await asyncio.to_thread(_load_tokens, config.model.model, progress)
-    parsers = await asyncio.to_thread(_load_parsers, settings, tokens, progress)
-    backend = Backend(settings, inside, block_size=config.engine.block_size)
-    desk = Desk.make(backend, tokens, config.model.model, parsers, keyring, tracer)
+    desk = Desk.make(settings, keyring, tracer)
     server = RpcServer(settings.host, settings.grpc_port, credentials, settings.max_grpc_calls)
     GatewayService(desk).add_to(server)
-    http = await asyncio.to_thread(_load_http, settings, desk, files, progress) if settings.http_port >= 0 else None
-    background = Background()
-    if keyring:
-        background.spawn(keyring.watch(desk.door.keys_changed), "watch keys")
+    background, http = Background(), None
     try:
-        backend.pool.update(config.gateway.prefill_workers, config.gateway.decode_workers)
-        hooks.on_pool(backend.pool)
-        hooks.on_load(lambda: _workload(desk, backend))
+        pools = {}
+        for name, own in config.each().items():
+            pools[name] = (await _add_model(desk, own, inside, progress)).backend.pool
+        if settings.http_port >= 0:
+            http = await asyncio.to_thread(_load_http, settings, desk, files, progress)
+        if keyring:
+            background.spawn(keyring.watch(desk.door.keys_changed), "watch keys")
+        hooks.on_pools(pools)
+        hooks.on_load(lambda: _workload(desk))
         hooks.on_drain(desk.door.drain)
         async with exposed(desk.registry, settings.host, settings.metrics_port, progress, files):
-            if await _workers_ready(backend.pool, stop, config.ray.start_timeout_s, progress):
+            if await _workers_ready(desk.models, stop, config.ray.start_timeout_s, progress):
                 addresses = [await server.start()] + ([await http.start()] if http else [])
                 ready(*addresses)
                 await stop.wait()
@@ -113,12 +115,23 @@ async def _serve(
         if http:
             await http.stop()
         await server.stop(grace_s=0)
-        await backend.close()
-        tokens.close()
+        for model in desk.models:
+            await model.close()
 
 
-def _workload(desk: Desk, backend: Backend) -> Workload:
-    active, waiting = desk.door.active_requests, backend.placer.waiting
+async def _add_model(desk: Desk, config: Config, inside: ChannelTls | None, progress: Callable[[str], None]) -> Model:
+    settings = config.gateway
+    tokens = await asyncio.to_thread(_load_tokens, config.model.model, progress)
+    parsers = await asyncio.to_thread(_load_parsers, settings, tokens, progress)
+    model = desk.add(
+        config.model.model, Backend(settings, inside, block_size=config.engine.block_size), tokens, parsers
+    )
+    model.backend.pool.update(settings.prefill_workers, settings.decode_workers)
+    return model
+
+
+def _workload(desk: Desk) -> Workload:
+    active, waiting = desk.door.active_requests, sum(model.backend.placer.waiting for model in desk.models)
     return Workload(running=max(0, active - waiting), queued=waiting, unfinished=active)
 
 
@@ -162,16 +175,18 @@ def _load_parsers(settings: GatewayConfig, tokens: Tokens, progress: Callable[[s
 
 
 async def _workers_ready(
-    pool: WorkerPool, stop: asyncio.Event, timeout_s: float, progress: Callable[[str], None]
+    models: Sequence[Model], stop: asyncio.Event, timeout_s: float, progress: Callable[[str], None]
 ) -> bool:
-    """Waits for one pair that can share KV; False when `stop` was set first."""
-    await asyncio.sleep(0)  # the pool takes its addresses in the loop's next turn
+    """Waits until each model has one pair that can share KV; False when `stop` was set first."""
+    await asyncio.sleep(0)  # the pools take their addresses in the loop's next turn
     until = time.monotonic() + timeout_s
     report_at = time.monotonic()
-    while not (pairs := pool.pairs()).fitting:
+    while late := [model for model in models if not model.can_serve]:
         if stop.is_set():
             return False
-        lacking = pairs.misfit or f"waiting for {_missing(pool)}"
+        pool = late[0].backend.pool
+        of = f" for {late[0].name}" if len(models) > 1 else ""
+        lacking = pool.pairs().misfit or f"waiting for {_missing(pool)}{of}"
         now = time.monotonic()
         if now >= until:
             raise WorkersNotReadyError(f"not ready after {timeout_s:g} s: {lacking}")

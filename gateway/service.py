@@ -47,25 +47,28 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
         async def write(_prompt: int, response: gateway_pb2.GenerateResponse) -> None:
             await context.write(response)
 
-        async with self._desk.generator.open(self._guest) as session:
+        model = self._desk.model(request.model)
+        async with model.generator.open(self._guest) as session:
             (prompt,) = await session.read([Ask(request)])
             await _send_id(context, session.request_id, prompt)
             await session.run(write)
 
     async def Chat(self, request: gateway_pb2.ChatRequest, context: grpc.aio.ServicerContext) -> None:
-        await self._desk.chats.run(self._guest, request, context.write, started=functools.partial(_send_id, context))
+        chats = self._desk.model(request.options.model).chats
+        await chats.run(self._guest, request, context.write, started=functools.partial(_send_id, context))
 
     async def Tokenize(
         self, request: gateway_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> gateway_pb2.TokenizeResponse:
-        limits = self._desk.generator.limits
+        model = self._desk.model(request.model or request.chat.options.model)
+        limits = model.generator.limits
         match request.WhichOneof("input"):
             case "prompt":
-                ids = await text_ids(request.prompt, self._desk.tokens, limits)
+                ids = await text_ids(request.prompt, model.tokens, limits)
             case "chat":
-                ask = self._desk.chats.ask(request.chat)
+                ask = model.chats.ask(request.chat)
                 assert ask.chat
-                ids = await self._desk.tokens.encode_chat(ask.chat)
+                ids = await model.tokens.encode_chat(ask.chat)
             case _:
                 raise InvalidRequestError("input: one of prompt and chat must be given")
         return gateway_pb2.TokenizeResponse(token_ids=ids, max_model_len=limits.max_model_len)
@@ -73,8 +76,8 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
     async def Detokenize(
         self, request: gateway_pb2.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> gateway_pb2.DetokenizeResponse:
-        tokens, ids = self._desk.tokens, list(request.token_ids)
-        most = self._desk.generator.limits.max_model_len
+        model, ids = self._desk.model(request.model), list(request.token_ids)
+        tokens, most = model.tokens, model.generator.limits.max_model_len
         if len(ids) > most:
             raise InvalidRequestError(f"token_ids: {len(ids)} are more than the context limit of {most}")
         check_ids("token_ids", ids, tokens.vocab_size)
@@ -94,9 +97,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
         request: gateway_pb2.ListModelsRequest,
         context: grpc.aio.ServicerContext,
     ) -> gateway_pb2.ListModelsResponse:
-        name, *aliases = self._desk.info.models
-        model = gateway_pb2.ModelInfo(id=name, max_model_len=self._desk.info.max_model_len, aliases=aliases)
-        return gateway_pb2.ListModelsResponse(models=[model])
+        return gateway_pb2.ListModelsResponse(models=[model.as_proto() for model in self._desk.models])
 
     async def GetStatus(
         self,

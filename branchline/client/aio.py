@@ -120,19 +120,26 @@ class AsyncClient:
         prompt: str | None = None,
         messages: Sequence[Mapping[str, Any]] | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
+        model: str | None = None,
         timeout: float = transport.CALL_TIMEOUT_S,
     ) -> tuple[int, ...]:
         """The token ids of a prompt, or of a chat with the model's template applied."""
-        request = transport.tokenize_request(prompt, messages, tools)
+        request = transport.tokenize_request(prompt, messages, tools, model)
         with self._connections.asking() as gateway:
             return tuple((await gateway.stub.Tokenize(request, timeout=deadline(timeout))).token_ids)
 
     async def detokenize(
-        self, token_ids: Sequence[int], *, special_tokens: bool = False, timeout: float = transport.CALL_TIMEOUT_S
+        self,
+        token_ids: Sequence[int],
+        *,
+        special_tokens: bool = False,
+        model: str | None = None,
+        timeout: float = transport.CALL_TIMEOUT_S,
     ) -> str:
         """The text of token ids; with `special_tokens` shown by their names."""
         ids = ids_value("token_ids", token_ids)
-        request = gateway_pb2.DetokenizeRequest(token_ids=ids, special_tokens=special_tokens)
+        name = transport.model_value(model)
+        request = gateway_pb2.DetokenizeRequest(token_ids=ids, special_tokens=special_tokens, model=name)
         with self._connections.asking() as gateway:
             text: str = (await gateway.stub.Detokenize(request, timeout=deadline(timeout))).text
             return text

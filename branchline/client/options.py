@@ -69,6 +69,8 @@ class SamplingOptions(TypedDict, total=False):
     #: A name for what the request belongs to, a conversation or a user: its requests go to the same workers where the
     #: gateway routes by sessions. At most 1,024 characters.
     session: str | None
+    #: Which of the models that are served, by a name of `models()`; default: the first of them.
+    model: str | None
 
 
 class GenerateOptions(SamplingOptions, total=False):
@@ -126,6 +128,7 @@ def sampling_request(
     draft_nodes: int | None = None,
     priority: int | None = None,
     session: str | None = None,
+    model: str | None = None,
 ) -> gateway_pb2.GenerateRequest:
     """Without an input. Raises InvalidRequestError, naming the option, for a value that the message cannot carry."""
     if not isinstance(ignore_eos, bool):
@@ -151,6 +154,7 @@ def sampling_request(
         draft_nodes=_count("draft_nodes", draft_nodes),
         priority=_count("priority", priority),
         session=None if session is None else text_value("session", session),
+        model=None if model is None else text_value("model", model),
     )
 
 

@@ -105,6 +105,8 @@ class Worker:
     requests: int
     #: Unfinished asynchronous tasks that serve a request.
     tasks: int
+    #: The name of the model that it has.
+    model: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +187,7 @@ def server_info(message: gateway_pb2.GetInfoResponse) -> ServerInfo:
             blocks_used=worker.blocks_used,
             requests=worker.requests,
             tasks=worker.tasks,
+            model=worker.model,
         )
         for worker in message.workers
     )

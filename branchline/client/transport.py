@@ -88,14 +88,22 @@ def trace_metadata(traceparent: str | None) -> Metadata:
 
 
 def tokenize_request(
-    prompt: str | None, messages: Sequence[Mapping[str, Any]] | None, tools: Sequence[Mapping[str, Any]]
+    prompt: str | None,
+    messages: Sequence[Mapping[str, Any]] | None,
+    tools: Sequence[Mapping[str, Any]],
+    model: str | None,
 ) -> gateway_pb2.TokenizeRequest:
     """Raises InvalidRequestError."""
     if (prompt is None) == (messages is None):
         raise InvalidRequestError("exactly one of prompt and messages is needed")
     if messages is not None:
-        return gateway_pb2.TokenizeRequest(chat=chat_request(messages=messages, tools=tools))
-    return gateway_pb2.TokenizeRequest(prompt=text_value("prompt", prompt))
+        return gateway_pb2.TokenizeRequest(chat=chat_request(messages=messages, tools=tools), model=model_value(model))
+    return gateway_pb2.TokenizeRequest(prompt=text_value("prompt", prompt), model=model_value(model))
+
+
+def model_value(model: str | None) -> str | None:
+    """Raises InvalidRequestError."""
+    return None if model is None else text_value("model", model)
 
 
 class ReadyWait:

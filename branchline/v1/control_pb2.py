@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x62ranchline/v1/control.proto\x12\rbranchline.v1\"\x13\n\x11GetClusterRequest\"\xbb\x02\n\x0e\x43lusterProcess\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x0c\n\x04node\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x07 \x01(\t\x12\x14\n\x0chttp_address\x18\x08 \x01(\t\x12\x0f\n\x07running\x18\t \x01(\r\x12\x0e\n\x06queued\x18\n \x01(\r\x12\x13\n\x0b\x62locks_used\x18\x0b \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x0c \x01(\r\x12\x14\n\x0ctokens_per_s\x18\r \x01(\x01\x12\x19\n\x11\x61\x63\x63\x65ptance_length\x18\x0e \x01(\x01\x12\x10\n\x08restarts\x18\x0f \x01(\r\x12\r\n\x05\x63ores\x18\x10 \x03(\r\x12\x10\n\x08revision\x18\x11 \x01(\r\"\xb6\x01\n\x12GetClusterResponse\x12\r\n\x05state\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x10\n\x08uptime_s\x18\x04 \x01(\x01\x12\x30\n\tprocesses\x18\x05 \x03(\x0b\x32\x1d.branchline.v1.ClusterProcess\x12-\n\x06update\x18\x06 \x01(\x0b\x32\x1d.branchline.v1.UpdateProgress\"/\n\x0eUpdateProgress\x12\r\n\x05state\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"\x84\x01\n\x0cScaleRequest\x12\x14\n\x07prefill\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x06\x64\x65\x63ode\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x14\n\x07gateway\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x10\n\x08grace_ms\x18\x04 \x01(\rB\n\n\x08_prefillB\t\n\x07_decodeB\n\n\x08_gateway\"0\n\rScaleResponse\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x01 \x03(\t\x12\x10\n\x08\x64raining\x18\x02 \x03(\t\",\n\x0c\x44rainRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08grace_ms\x18\x02 \x01(\r\"\x0f\n\rDrainResponse\"\x8d\x01\n\rUpdateRequest\x12:\n\x07\x63hanges\x18\x01 \x03(\x0b\x32).branchline.v1.UpdateRequest.ChangesEntry\x12\x10\n\x08grace_ms\x18\x02 \x01(\r\x1a.\n\x0c\x43hangesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\"\n\x0eUpdateResponse\x12\x10\n\x08revision\x18\x01 \x01(\r\"\x1f\n\x0bStopRequest\x12\x10\n\x08grace_ms\x18\x01 \x01(\r\"\x0e\n\x0cStopResponse2\xf3\x02\n\x0e\x43ontrolService\x12Q\n\nGetCluster\x12 .branchline.v1.GetClusterRequest\x1a!.branchline.v1.GetClusterResponse\x12\x42\n\x05Scale\x12\x1b.branchline.v1.ScaleRequest\x1a\x1c.branchline.v1.ScaleResponse\x12\x42\n\x05\x44rain\x12\x1b.branchline.v1.DrainRequest\x1a\x1c.branchline.v1.DrainResponse\x12\x45\n\x06Update\x12\x1c.branchline.v1.UpdateRequest\x1a\x1d.branchline.v1.UpdateResponse\x12?\n\x04Stop\x12\x1a.branchline.v1.StopRequest\x1a\x1b.branchline.v1.StopResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x62ranchline/v1/control.proto\x12\rbranchline.v1\"\x13\n\x11GetClusterRequest\"\xca\x02\n\x0e\x43lusterProcess\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x0c\n\x04node\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x07 \x01(\t\x12\x14\n\x0chttp_address\x18\x08 \x01(\t\x12\x0f\n\x07running\x18\t \x01(\r\x12\x0e\n\x06queued\x18\n \x01(\r\x12\x13\n\x0b\x62locks_used\x18\x0b \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x0c \x01(\r\x12\x14\n\x0ctokens_per_s\x18\r \x01(\x01\x12\x19\n\x11\x61\x63\x63\x65ptance_length\x18\x0e \x01(\x01\x12\x10\n\x08restarts\x18\x0f \x01(\r\x12\r\n\x05\x63ores\x18\x10 \x03(\r\x12\x10\n\x08revision\x18\x11 \x01(\r\x12\r\n\x05model\x18\x12 \x01(\t\"\xb6\x01\n\x12GetClusterResponse\x12\r\n\x05state\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x10\n\x08uptime_s\x18\x04 \x01(\x01\x12\x30\n\tprocesses\x18\x05 \x03(\x0b\x32\x1d.branchline.v1.ClusterProcess\x12-\n\x06update\x18\x06 \x01(\x0b\x32\x1d.branchline.v1.UpdateProgress\"/\n\x0eUpdateProgress\x12\r\n\x05state\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"\x93\x01\n\x0cScaleRequest\x12\x14\n\x07prefill\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x06\x64\x65\x63ode\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x14\n\x07gateway\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x10\n\x08grace_ms\x18\x04 \x01(\r\x12\r\n\x05model\x18\x05 \x01(\tB\n\n\x08_prefillB\t\n\x07_decodeB\n\n\x08_gateway\"0\n\rScaleResponse\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x01 \x03(\t\x12\x10\n\x08\x64raining\x18\x02 \x03(\t\",\n\x0c\x44rainRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08grace_ms\x18\x02 \x01(\r\"\x0f\n\rDrainResponse\"\x8d\x01\n\rUpdateRequest\x12:\n\x07\x63hanges\x18\x01 \x03(\x0b\x32).branchline.v1.UpdateRequest.ChangesEntry\x12\x10\n\x08grace_ms\x18\x02 \x01(\r\x1a.\n\x0c\x43hangesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\"\n\x0eUpdateResponse\x12\x10\n\x08revision\x18\x01 \x01(\r\"\x1f\n\x0bStopRequest\x12\x10\n\x08grace_ms\x18\x01 \x01(\r\"\x0e\n\x0cStopResponse2\xf3\x02\n\x0e\x43ontrolService\x12Q\n\nGetCluster\x12 .branchline.v1.GetClusterRequest\x1a!.branchline.v1.GetClusterResponse\x12\x42\n\x05Scale\x12\x1b.branchline.v1.ScaleRequest\x1a\x1c.branchline.v1.ScaleResponse\x12\x42\n\x05\x44rain\x12\x1b.branchline.v1.DrainRequest\x1a\x1c.branchline.v1.DrainResponse\x12\x45\n\x06Update\x12\x1c.branchline.v1.UpdateRequest\x1a\x1d.branchline.v1.UpdateResponse\x12?\n\x04Stop\x12\x1a.branchline.v1.StopRequest\x1a\x1b.branchline.v1.StopResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,29 +36,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETCLUSTERREQUEST']._serialized_start=46
   _globals['_GETCLUSTERREQUEST']._serialized_end=65
   _globals['_CLUSTERPROCESS']._serialized_start=68
-  _globals['_CLUSTERPROCESS']._serialized_end=383
-  _globals['_GETCLUSTERRESPONSE']._serialized_start=386
-  _globals['_GETCLUSTERRESPONSE']._serialized_end=568
-  _globals['_UPDATEPROGRESS']._serialized_start=570
-  _globals['_UPDATEPROGRESS']._serialized_end=617
-  _globals['_SCALEREQUEST']._serialized_start=620
-  _globals['_SCALEREQUEST']._serialized_end=752
-  _globals['_SCALERESPONSE']._serialized_start=754
-  _globals['_SCALERESPONSE']._serialized_end=802
-  _globals['_DRAINREQUEST']._serialized_start=804
-  _globals['_DRAINREQUEST']._serialized_end=848
-  _globals['_DRAINRESPONSE']._serialized_start=850
-  _globals['_DRAINRESPONSE']._serialized_end=865
-  _globals['_UPDATEREQUEST']._serialized_start=868
-  _globals['_UPDATEREQUEST']._serialized_end=1009
-  _globals['_UPDATEREQUEST_CHANGESENTRY']._serialized_start=963
-  _globals['_UPDATEREQUEST_CHANGESENTRY']._serialized_end=1009
-  _globals['_UPDATERESPONSE']._serialized_start=1011
-  _globals['_UPDATERESPONSE']._serialized_end=1045
-  _globals['_STOPREQUEST']._serialized_start=1047
-  _globals['_STOPREQUEST']._serialized_end=1078
-  _globals['_STOPRESPONSE']._serialized_start=1080
-  _globals['_STOPRESPONSE']._serialized_end=1094
-  _globals['_CONTROLSERVICE']._serialized_start=1097
-  _globals['_CONTROLSERVICE']._serialized_end=1468
+  _globals['_CLUSTERPROCESS']._serialized_end=398
+  _globals['_GETCLUSTERRESPONSE']._serialized_start=401
+  _globals['_GETCLUSTERRESPONSE']._serialized_end=583
+  _globals['_UPDATEPROGRESS']._serialized_start=585
+  _globals['_UPDATEPROGRESS']._serialized_end=632
+  _globals['_SCALEREQUEST']._serialized_start=635
+  _globals['_SCALEREQUEST']._serialized_end=782
+  _globals['_SCALERESPONSE']._serialized_start=784
+  _globals['_SCALERESPONSE']._serialized_end=832
+  _globals['_DRAINREQUEST']._serialized_start=834
+  _globals['_DRAINREQUEST']._serialized_end=878
+  _globals['_DRAINRESPONSE']._serialized_start=880
+  _globals['_DRAINRESPONSE']._serialized_end=895
+  _globals['_UPDATEREQUEST']._serialized_start=898
+  _globals['_UPDATEREQUEST']._serialized_end=1039
+  _globals['_UPDATEREQUEST_CHANGESENTRY']._serialized_start=993
+  _globals['_UPDATEREQUEST_CHANGESENTRY']._serialized_end=1039
+  _globals['_UPDATERESPONSE']._serialized_start=1041
+  _globals['_UPDATERESPONSE']._serialized_end=1075
+  _globals['_STOPREQUEST']._serialized_start=1077
+  _globals['_STOPREQUEST']._serialized_end=1108
+  _globals['_STOPRESPONSE']._serialized_start=1110
+  _globals['_STOPRESPONSE']._serialized_end=1124
+  _globals['_CONTROLSERVICE']._serialized_start=1127
+  _globals['_CONTROLSERVICE']._serialized_end=1498
 # @@protoc_insertion_point(module_scope)

@@ -11,7 +11,7 @@ class GetClusterRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ClusterProcess(_message.Message):
-    __slots__ = ("id", "role", "state", "detail", "node", "pid", "address", "http_address", "running", "queued", "blocks_used", "blocks_total", "tokens_per_s", "acceptance_length", "restarts", "cores", "revision")
+    __slots__ = ("id", "role", "state", "detail", "node", "pid", "address", "http_address", "running", "queued", "blocks_used", "blocks_total", "tokens_per_s", "acceptance_length", "restarts", "cores", "revision", "model")
     ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -29,6 +29,7 @@ class ClusterProcess(_message.Message):
     RESTARTS_FIELD_NUMBER: _ClassVar[int]
     CORES_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     id: str
     role: str
     state: str
@@ -46,7 +47,8 @@ class ClusterProcess(_message.Message):
     restarts: int
     cores: _containers.RepeatedScalarFieldContainer[int]
     revision: int
-    def __init__(self, id: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., detail: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., http_address: _Optional[str] = ..., running: _Optional[int] = ..., queued: _Optional[int] = ..., blocks_used: _Optional[int] = ..., blocks_total: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., acceptance_length: _Optional[float] = ..., restarts: _Optional[int] = ..., cores: _Optional[_Iterable[int]] = ..., revision: _Optional[int] = ...) -> None: ...
+    model: str
+    def __init__(self, id: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., detail: _Optional[str] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., http_address: _Optional[str] = ..., running: _Optional[int] = ..., queued: _Optional[int] = ..., blocks_used: _Optional[int] = ..., blocks_total: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., acceptance_length: _Optional[float] = ..., restarts: _Optional[int] = ..., cores: _Optional[_Iterable[int]] = ..., revision: _Optional[int] = ..., model: _Optional[str] = ...) -> None: ...
 
 class GetClusterResponse(_message.Message):
     __slots__ = ("state", "version", "model", "uptime_s", "processes", "update")
@@ -73,16 +75,18 @@ class UpdateProgress(_message.Message):
     def __init__(self, state: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class ScaleRequest(_message.Message):
-    __slots__ = ("prefill", "decode", "gateway", "grace_ms")
+    __slots__ = ("prefill", "decode", "gateway", "grace_ms", "model")
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     DECODE_FIELD_NUMBER: _ClassVar[int]
     GATEWAY_FIELD_NUMBER: _ClassVar[int]
     GRACE_MS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     prefill: int
     decode: int
     gateway: int
     grace_ms: int
-    def __init__(self, prefill: _Optional[int] = ..., decode: _Optional[int] = ..., gateway: _Optional[int] = ..., grace_ms: _Optional[int] = ...) -> None: ...
+    model: str
+    def __init__(self, prefill: _Optional[int] = ..., decode: _Optional[int] = ..., gateway: _Optional[int] = ..., grace_ms: _Optional[int] = ..., model: _Optional[str] = ...) -> None: ...
 
 class ScaleResponse(_message.Message):
     __slots__ = ("added", "draining")

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from branchline.v1 import types_pb2 as branchline_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x62ranchline/v1/gateway.proto\x12\rbranchline.v1\x1a\x19\x62ranchline/v1/types.proto\"\x90\x01\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12+\n\ntool_calls\x18\x03 \x03(\x0b\x32\x17.branchline.v1.ToolCall\x12\x11\n\treasoning\x18\x04 \x01(\t\x12\x14\n\x0ctool_call_id\x18\x05 \x01(\t\x12\x0c\n\x04name\x18\x06 \x01(\t\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"=\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\"<\n\x0c\x43hatMessages\x12,\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.branchline.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xde\x06\n\x0fGenerateRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12+\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x1b.branchline.v1.ChatMessagesH\x00\x12,\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x17.branchline.v1.TokenIdsH\x00\x12\x17\n\nmax_tokens\x18\x04 \x01(\x03H\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x06 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x07 \x01(\x03H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\t \x03(\t\x12\x12\n\nignore_eos\x18\n \x01(\x08\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x12\n\x05min_p\x18\x0c \x01(\x01H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\r \x01(\x01H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0e \x01(\x01H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0f \x01(\x01H\t\x88\x01\x01\x12,\n\nlogit_bias\x18\x10 \x03(\x0b\x32\x18.branchline.v1.LogitBias\x12\x11\n\tbad_words\x18\x11 \x03(\t\x12\x17\n\nmin_tokens\x18\x12 \x01(\x03H\n\x88\x01\x01\x12\x15\n\x08logprobs\x18\x13 \x01(\x03H\x0b\x88\x01\x01\x12\x0e\n\x01n\x18\x14 \x01(\x03H\x0c\x88\x01\x01\x12\x18\n\x0b\x64raft_nodes\x18\x15 \x01(\x03H\r\x88\x01\x01\x12\x15\n\x08priority\x18\x16 \x01(\x03H\x0e\x88\x01\x01\x12/\n\x08received\x18\x17 \x03(\x0b\x32\x1d.branchline.v1.ReceivedSample\x12\x0f\n\x07session\x18\x18 \x01(\tB\x07\n\x05inputB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\r\n\x0b_min_tokensB\x0b\n\t_logprobsB\x04\n\x02_nB\x0e\n\x0c_draft_nodesB\x0b\n\t_priority\"5\n\x0eReceivedSample\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08\x66inished\x18\x02 \x01(\x08\"\xa0\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12+\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x19.branchline.v1.Completion\x12\x0e\n\x06sample\x18\x04 \x01(\r\x12.\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1c.branchline.v1.TokenLogprobs\"\xdc\x01\n\x0b\x43hatRequest\x12,\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.branchline.v1.ChatMessage\x12\"\n\x05tools\x18\x02 \x03(\x0b\x32\x13.branchline.v1.Tool\x12.\n\x0btool_choice\x18\x03 \x01(\x0e\x32\x19.branchline.v1.ToolChoice\x12\x1a\n\x12template_arguments\x18\x04 \x01(\t\x12/\n\x07options\x18\x05 \x01(\x0b\x32\x1e.branchline.v1.GenerateRequest\"\x81\x01\n\x0c\x43hatResponse\x12-\n\x04part\x18\x01 \x01(\x0b\x32\x1f.branchline.v1.GenerateResponse\x12\x11\n\treasoning\x18\x02 \x01(\t\x12/\n\ntool_calls\x18\x03 \x03(\x0b\x32\x1b.branchline.v1.ToolCallPart\"J\n\x0cToolCallPart\x12\r\n\x05index\x18\x01 \x01(\r\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x11\n\targuments\x18\x04 \x01(\t\"\xcc\x01\n\nCompletion\x12\x32\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x1b.branchline.v1.FinishReason\x12#\n\x05usage\x18\x02 \x01(\x0b\x32\x14.branchline.v1.Usage\x12/\n\x0bspeculation\x18\x03 \x01(\x0b\x32\x1a.branchline.v1.Speculation\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x11\n\tfailovers\x18\x05 \x01(\r\x12\x13\n\x0bpreemptions\x18\x06 \x01(\r\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"X\n\x0fTokenizeRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12*\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x1a.branchline.v1.ChatRequestH\x00\x42\x07\n\x05input\"<\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\">\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x16\n\x0especial_tokens\x18\x02 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"?\n\tModelInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x0f\n\x07\x61liases\x18\x03 \x03(\t\">\n\x12ListModelsResponse\x12(\n\x06models\x18\x01 \x03(\x0b\x32\x18.branchline.v1.ModelInfo\"\x12\n\x10GetStatusRequest\"\x9a\x01\n\rRequestStatus\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tinterface\x18\x02 \x01(\t\x12\r\n\x05\x61ge_s\x18\x03 \x01(\x01\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x05 \x01(\r\x12\x0f\n\x07samples\x18\x06 \x01(\r\x12\x10\n\x08priority\x18\x07 \x01(\x11\"Y\n\x11GetStatusResponse\x12.\n\x08requests\x18\x01 \x03(\x0b\x32\x1c.branchline.v1.RequestStatus\x12\x14\n\x0cmax_requests\x18\x02 \x01(\r\"@\n\x1aGatewayServiceAbortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x1d\n\x1bGatewayServiceAbortResponse\"\x10\n\x0eGetInfoRequest\"\x88\x01\n\nWorkerInfo\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0f\n\x07healthy\x18\x03 \x01(\x08\x12\x14\n\x0c\x62locks_total\x18\x04 \x01(\r\x12\x13\n\x0b\x62locks_used\x18\x05 \x01(\r\x12\x10\n\x08requests\x18\x06 \x01(\r\x12\r\n\x05tasks\x18\x07 \x01(\r\"\x9b\x01\n\x0fGetInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x0c\n\x04tree\x18\x04 \x01(\t\x12*\n\x07workers\x18\x05 \x03(\x0b\x32\x19.branchline.v1.WorkerInfo\x12\x17\n\x0f\x61\x63tive_requests\x18\x06 \x01(\r*U\n\nToolChoice\x12\x1b\n\x17TOOL_CHOICE_UNSPECIFIED\x10\x00\x12\x14\n\x10TOOL_CHOICE_AUTO\x10\x01\x12\x14\n\x10TOOL_CHOICE_NONE\x10\x02\x32\x8f\x05\n\x0eGatewayService\x12M\n\x08Generate\x12\x1e.branchline.v1.GenerateRequest\x1a\x1f.branchline.v1.GenerateResponse0\x01\x12\x41\n\x04\x43hat\x12\x1a.branchline.v1.ChatRequest\x1a\x1b.branchline.v1.ChatResponse0\x01\x12K\n\x08Tokenize\x12\x1e.branchline.v1.TokenizeRequest\x1a\x1f.branchline.v1.TokenizeResponse\x12Q\n\nDetokenize\x12 .branchline.v1.DetokenizeRequest\x1a!.branchline.v1.DetokenizeResponse\x12H\n\x07GetInfo\x12\x1d.branchline.v1.GetInfoRequest\x1a\x1e.branchline.v1.GetInfoResponse\x12Q\n\nListModels\x12 .branchline.v1.ListModelsRequest\x1a!.branchline.v1.ListModelsResponse\x12N\n\tGetStatus\x12\x1f.branchline.v1.GetStatusRequest\x1a .branchline.v1.GetStatusResponse\x12^\n\x05\x41\x62ort\x12).branchline.v1.GatewayServiceAbortRequest\x1a*.branchline.v1.GatewayServiceAbortResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x62ranchline/v1/gateway.proto\x12\rbranchline.v1\x1a\x19\x62ranchline/v1/types.proto\"\x90\x01\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12+\n\ntool_calls\x18\x03 \x03(\x0b\x32\x17.branchline.v1.ToolCall\x12\x11\n\treasoning\x18\x04 \x01(\t\x12\x14\n\x0ctool_call_id\x18\x05 \x01(\t\x12\x0c\n\x04name\x18\x06 \x01(\t\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"=\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\"<\n\x0c\x43hatMessages\x12,\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.branchline.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xed\x06\n\x0fGenerateRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12+\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x1b.branchline.v1.ChatMessagesH\x00\x12,\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x17.branchline.v1.TokenIdsH\x00\x12\x17\n\nmax_tokens\x18\x04 \x01(\x03H\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x06 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x07 \x01(\x03H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\t \x03(\t\x12\x12\n\nignore_eos\x18\n \x01(\x08\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x12\n\x05min_p\x18\x0c \x01(\x01H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\r \x01(\x01H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0e \x01(\x01H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0f \x01(\x01H\t\x88\x01\x01\x12,\n\nlogit_bias\x18\x10 \x03(\x0b\x32\x18.branchline.v1.LogitBias\x12\x11\n\tbad_words\x18\x11 \x03(\t\x12\x17\n\nmin_tokens\x18\x12 \x01(\x03H\n\x88\x01\x01\x12\x15\n\x08logprobs\x18\x13 \x01(\x03H\x0b\x88\x01\x01\x12\x0e\n\x01n\x18\x14 \x01(\x03H\x0c\x88\x01\x01\x12\x18\n\x0b\x64raft_nodes\x18\x15 \x01(\x03H\r\x88\x01\x01\x12\x15\n\x08priority\x18\x16 \x01(\x03H\x0e\x88\x01\x01\x12/\n\x08received\x18\x17 \x03(\x0b\x32\x1d.branchline.v1.ReceivedSample\x12\x0f\n\x07session\x18\x18 \x01(\t\x12\r\n\x05model\x18\x19 \x01(\tB\x07\n\x05inputB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\r\n\x0b_min_tokensB\x0b\n\t_logprobsB\x04\n\x02_nB\x0e\n\x0c_draft_nodesB\x0b\n\t_priority\"5\n\x0eReceivedSample\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08\x66inished\x18\x02 \x01(\x08\"\xa0\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12+\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x19.branchline.v1.Completion\x12\x0e\n\x06sample\x18\x04 \x01(\r\x12.\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1c.branchline.v1.TokenLogprobs\"\xdc\x01\n\x0b\x43hatRequest\x12,\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.branchline.v1.ChatMessage\x12\"\n\x05tools\x18\x02 \x03(\x0b\x32\x13.branchline.v1.Tool\x12.\n\x0btool_choice\x18\x03 \x01(\x0e\x32\x19.branchline.v1.ToolChoice\x12\x1a\n\x12template_arguments\x18\x04 \x01(\t\x12/\n\x07options\x18\x05 \x01(\x0b\x32\x1e.branchline.v1.GenerateRequest\"\x81\x01\n\x0c\x43hatResponse\x12-\n\x04part\x18\x01 \x01(\x0b\x32\x1f.branchline.v1.GenerateResponse\x12\x11\n\treasoning\x18\x02 \x01(\t\x12/\n\ntool_calls\x18\x03 \x03(\x0b\x32\x1b.branchline.v1.ToolCallPart\"J\n\x0cToolCallPart\x12\r\n\x05index\x18\x01 \x01(\r\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x11\n\targuments\x18\x04 \x01(\t\"\xcc\x01\n\nCompletion\x12\x32\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x1b.branchline.v1.FinishReason\x12#\n\x05usage\x18\x02 \x01(\x0b\x32\x14.branchline.v1.Usage\x12/\n\x0bspeculation\x18\x03 \x01(\x0b\x32\x1a.branchline.v1.Speculation\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x11\n\tfailovers\x18\x05 \x01(\r\x12\x13\n\x0bpreemptions\x18\x06 \x01(\r\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"g\n\x0fTokenizeRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12*\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x1a.branchline.v1.ChatRequestH\x00\x12\r\n\x05model\x18\x03 \x01(\tB\x07\n\x05input\"<\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\"M\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x16\n\x0especial_tokens\x18\x02 \x01(\x08\x12\r\n\x05model\x18\x03 \x01(\t\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"?\n\tModelInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x0f\n\x07\x61liases\x18\x03 \x03(\t\">\n\x12ListModelsResponse\x12(\n\x06models\x18\x01 \x03(\x0b\x32\x18.branchline.v1.ModelInfo\"\x12\n\x10GetStatusRequest\"\x9a\x01\n\rRequestStatus\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tinterface\x18\x02 \x01(\t\x12\r\n\x05\x61ge_s\x18\x03 \x01(\x01\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x05 \x01(\r\x12\x0f\n\x07samples\x18\x06 \x01(\r\x12\x10\n\x08priority\x18\x07 \x01(\x11\"Y\n\x11GetStatusResponse\x12.\n\x08requests\x18\x01 \x03(\x0b\x32\x1c.branchline.v1.RequestStatus\x12\x14\n\x0cmax_requests\x18\x02 \x01(\r\"@\n\x1aGatewayServiceAbortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x1d\n\x1bGatewayServiceAbortResponse\"\x10\n\x0eGetInfoRequest\"\x97\x01\n\nWorkerInfo\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0f\n\x07healthy\x18\x03 \x01(\x08\x12\x14\n\x0c\x62locks_total\x18\x04 \x01(\r\x12\x13\n\x0b\x62locks_used\x18\x05 \x01(\r\x12\x10\n\x08requests\x18\x06 \x01(\r\x12\r\n\x05tasks\x18\x07 \x01(\r\x12\r\n\x05model\x18\x08 \x01(\t\"\x9b\x01\n\x0fGetInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x0c\n\x04tree\x18\x04 \x01(\t\x12*\n\x07workers\x18\x05 \x03(\x0b\x32\x19.branchline.v1.WorkerInfo\x12\x17\n\x0f\x61\x63tive_requests\x18\x06 \x01(\r*U\n\nToolChoice\x12\x1b\n\x17TOOL_CHOICE_UNSPECIFIED\x10\x00\x12\x14\n\x10TOOL_CHOICE_AUTO\x10\x01\x12\x14\n\x10TOOL_CHOICE_NONE\x10\x02\x32\x8f\x05\n\x0eGatewayService\x12M\n\x08Generate\x12\x1e.branchline.v1.GenerateRequest\x1a\x1f.branchline.v1.GenerateResponse0\x01\x12\x41\n\x04\x43hat\x12\x1a.branchline.v1.ChatRequest\x1a\x1b.branchline.v1.ChatResponse0\x01\x12K\n\x08Tokenize\x12\x1e.branchline.v1.TokenizeRequest\x1a\x1f.branchline.v1.TokenizeResponse\x12Q\n\nDetokenize\x12 .branchline.v1.DetokenizeRequest\x1a!.branchline.v1.DetokenizeResponse\x12H\n\x07GetInfo\x12\x1d.branchline.v1.GetInfoRequest\x1a\x1e.branchline.v1.GetInfoResponse\x12Q\n\nListModels\x12 .branchline.v1.ListModelsRequest\x1a!.branchline.v1.ListModelsResponse\x12N\n\tGetStatus\x12\x1f.branchline.v1.GetStatusRequest\x1a .branchline.v1.GetStatusResponse\x12^\n\x05\x41\x62ort\x12).branchline.v1.GatewayServiceAbortRequest\x1a*.branchline.v1.GatewayServiceAbortResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'branchline.v1.gateway_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TOOLCHOICE']._serialized_start=3312
-  _globals['_TOOLCHOICE']._serialized_end=3397
+  _globals['_TOOLCHOICE']._serialized_start=3372
+  _globals['_TOOLCHOICE']._serialized_end=3457
   _globals['_CHATMESSAGE']._serialized_start=74
   _globals['_CHATMESSAGE']._serialized_end=218
   _globals['_TOOLCALL']._serialized_start=220
@@ -45,51 +45,51 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIDS']._serialized_start=402
   _globals['_TOKENIDS']._serialized_end=425
   _globals['_GENERATEREQUEST']._serialized_start=428
-  _globals['_GENERATEREQUEST']._serialized_end=1290
-  _globals['_RECEIVEDSAMPLE']._serialized_start=1292
-  _globals['_RECEIVEDSAMPLE']._serialized_end=1345
-  _globals['_GENERATERESPONSE']._serialized_start=1348
-  _globals['_GENERATERESPONSE']._serialized_end=1508
-  _globals['_CHATREQUEST']._serialized_start=1511
-  _globals['_CHATREQUEST']._serialized_end=1731
-  _globals['_CHATRESPONSE']._serialized_start=1734
-  _globals['_CHATRESPONSE']._serialized_end=1863
-  _globals['_TOOLCALLPART']._serialized_start=1865
-  _globals['_TOOLCALLPART']._serialized_end=1939
-  _globals['_COMPLETION']._serialized_start=1942
-  _globals['_COMPLETION']._serialized_end=2146
-  _globals['_USAGE']._serialized_start=2148
-  _globals['_USAGE']._serialized_end=2228
-  _globals['_TOKENIZEREQUEST']._serialized_start=2230
-  _globals['_TOKENIZEREQUEST']._serialized_end=2318
-  _globals['_TOKENIZERESPONSE']._serialized_start=2320
-  _globals['_TOKENIZERESPONSE']._serialized_end=2380
-  _globals['_DETOKENIZEREQUEST']._serialized_start=2382
-  _globals['_DETOKENIZEREQUEST']._serialized_end=2444
-  _globals['_DETOKENIZERESPONSE']._serialized_start=2446
-  _globals['_DETOKENIZERESPONSE']._serialized_end=2480
-  _globals['_LISTMODELSREQUEST']._serialized_start=2482
-  _globals['_LISTMODELSREQUEST']._serialized_end=2501
-  _globals['_MODELINFO']._serialized_start=2503
-  _globals['_MODELINFO']._serialized_end=2566
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2568
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2630
-  _globals['_GETSTATUSREQUEST']._serialized_start=2632
-  _globals['_GETSTATUSREQUEST']._serialized_end=2650
-  _globals['_REQUESTSTATUS']._serialized_start=2653
-  _globals['_REQUESTSTATUS']._serialized_end=2807
-  _globals['_GETSTATUSRESPONSE']._serialized_start=2809
-  _globals['_GETSTATUSRESPONSE']._serialized_end=2898
-  _globals['_GATEWAYSERVICEABORTREQUEST']._serialized_start=2900
-  _globals['_GATEWAYSERVICEABORTREQUEST']._serialized_end=2964
-  _globals['_GATEWAYSERVICEABORTRESPONSE']._serialized_start=2966
-  _globals['_GATEWAYSERVICEABORTRESPONSE']._serialized_end=2995
-  _globals['_GETINFOREQUEST']._serialized_start=2997
-  _globals['_GETINFOREQUEST']._serialized_end=3013
-  _globals['_WORKERINFO']._serialized_start=3016
-  _globals['_WORKERINFO']._serialized_end=3152
-  _globals['_GETINFORESPONSE']._serialized_start=3155
-  _globals['_GETINFORESPONSE']._serialized_end=3310
-  _globals['_GATEWAYSERVICE']._serialized_start=3400
-  _globals['_GATEWAYSERVICE']._serialized_end=4055
+  _globals['_GENERATEREQUEST']._serialized_end=1305
+  _globals['_RECEIVEDSAMPLE']._serialized_start=1307
+  _globals['_RECEIVEDSAMPLE']._serialized_end=1360
+  _globals['_GENERATERESPONSE']._serialized_start=1363
+  _globals['_GENERATERESPONSE']._serialized_end=1523
+  _globals['_CHATREQUEST']._serialized_start=1526
+  _globals['_CHATREQUEST']._serialized_end=1746
+  _globals['_CHATRESPONSE']._serialized_start=1749
+  _globals['_CHATRESPONSE']._serialized_end=1878
+  _globals['_TOOLCALLPART']._serialized_start=1880
+  _globals['_TOOLCALLPART']._serialized_end=1954
+  _globals['_COMPLETION']._serialized_start=1957
+  _globals['_COMPLETION']._serialized_end=2161
+  _globals['_USAGE']._serialized_start=2163
+  _globals['_USAGE']._serialized_end=2243
+  _globals['_TOKENIZEREQUEST']._serialized_start=2245
+  _globals['_TOKENIZEREQUEST']._serialized_end=2348
+  _globals['_TOKENIZERESPONSE']._serialized_start=2350
+  _globals['_TOKENIZERESPONSE']._serialized_end=2410
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2412
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2489
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2491
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2525
+  _globals['_LISTMODELSREQUEST']._serialized_start=2527
+  _globals['_LISTMODELSREQUEST']._serialized_end=2546
+  _globals['_MODELINFO']._serialized_start=2548
+  _globals['_MODELINFO']._serialized_end=2611
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2613
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2675
+  _globals['_GETSTATUSREQUEST']._serialized_start=2677
+  _globals['_GETSTATUSREQUEST']._serialized_end=2695
+  _globals['_REQUESTSTATUS']._serialized_start=2698
+  _globals['_REQUESTSTATUS']._serialized_end=2852
+  _globals['_GETSTATUSRESPONSE']._serialized_start=2854
+  _globals['_GETSTATUSRESPONSE']._serialized_end=2943
+  _globals['_GATEWAYSERVICEABORTREQUEST']._serialized_start=2945
+  _globals['_GATEWAYSERVICEABORTREQUEST']._serialized_end=3009
+  _globals['_GATEWAYSERVICEABORTRESPONSE']._serialized_start=3011
+  _globals['_GATEWAYSERVICEABORTRESPONSE']._serialized_end=3040
+  _globals['_GETINFOREQUEST']._serialized_start=3042
+  _globals['_GETINFOREQUEST']._serialized_end=3058
+  _globals['_WORKERINFO']._serialized_start=3061
+  _globals['_WORKERINFO']._serialized_end=3212
+  _globals['_GETINFORESPONSE']._serialized_start=3215
+  _globals['_GETINFORESPONSE']._serialized_end=3370
+  _globals['_GATEWAYSERVICE']._serialized_start=3460
+  _globals['_GATEWAYSERVICE']._serialized_end=4115
 # @@protoc_insertion_point(module_scope)

@@ -125,7 +125,8 @@ class GatewayServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetInfo(self, request, context):
-        """What is being served, and the load now. Asks every worker, for two seconds at most.
+        """What is being served, and the load now; of several models the first one, and the workers of all. Asks every worker, for
+        two seconds at most.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

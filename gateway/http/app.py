@@ -25,8 +25,9 @@ from gateway.http.crowd import Crowd
 from gateway.http.errors import HttpError, from_failure, phrase
 from gateway.http.exchange import PostJson
 from gateway.http.openapi import document
-from gateway.http.options import check_model
+from gateway.http.options import find_model
 from gateway.http.schemas import ChatRequest, CompletionRequest
+from gateway.model import Model as Served
 
 OWNER = "branchline"
 
@@ -68,16 +69,17 @@ class _Pages:
 
     async def models(self, request: Request) -> Response:
         self._greet(request)
-        model = self._model(self._desk.info.models[0])
-        return JSONResponse({"object": "list", "data": [model]})
+        models = [self._described(model.name, model) for model in self._desk.models]
+        return JSONResponse({"object": "list", "data": models})
 
     async def model(self, request: Request) -> Response:
         self._greet(request)
-        return JSONResponse(self._model(check_model(request.path_params["name"], self._desk.info)))
+        name = request.path_params["name"]
+        return JSONResponse(self._described(name, find_model(name, self._desk)))
 
     async def health(self, _request: Request) -> Response:
         """Open to everybody: load balancers have no key."""
-        if not self._desk.info.can_serve:
+        if not self._desk.can_serve:
             raise HttpError(
                 503, "there is no prefill and decode worker that fit together", headers={"retry-after": "1"}
             )
@@ -99,10 +101,10 @@ class _Pages:
     def _greet(self, request: Request) -> None:
         self._desk.door.greet(Call("http", request.url.path, dict(request.headers)))
 
-    def _model(self, name: str) -> dict[str, Any]:
+    def _described(self, name: str, served: Served) -> dict[str, Any]:
         model = Model(id=name, object="model", created=self._created, owned_by=OWNER)
         # As vLLM has it: clients that fit their prompts to a model look here.
-        return {**model.model_dump(exclude_unset=True), "max_model_len": self._desk.info.max_model_len}
+        return {**model.model_dump(exclude_unset=True), "max_model_len": served.max_model_len}
 
 
 async def _no_such_page(request: Request, error: Exception) -> Response:

@@ -21,7 +21,7 @@ from gateway.http.exchange import Exchange
 from gateway.http.finish import Reason, finish_reason
 from gateway.http.logprobs import chat_logprobs
 from gateway.http.messages import chat_request
-from gateway.http.options import check_model, session_name
+from gateway.http.options import find_model, session_name
 from gateway.http.schemas import ChatRequest
 from gateway.http.usage import UsageSum
 from gateway.tokens import Tokens
@@ -37,8 +37,8 @@ class ChatEndpoint:
 
     async def handle(self, exchange: Exchange, guest: Guest, body: ChatRequest) -> None:
         """Raises HttpError, RpcFailure or InvalidRequestError."""
-        model = check_model(body.model, self._desk.info)
-        answer = (_Stream if body.stream else _Whole)(exchange, body, model, self._desk.tokens)
+        model = find_model(body.model, self._desk)
+        answer = (_Stream if body.stream else _Whole)(exchange, body, model.tokens)
 
         async def started(request_id: str, prompt: Sequence[int]) -> None:
             exchange.request_id = request_id
@@ -46,19 +46,18 @@ class ChatEndpoint:
 
         request = chat_request(body)
         request.options.session = session_name(exchange.headers, body)
-        await self._desk.chats.run(guest, request, answer.take, started=started, whole=not body.stream)
+        await model.chats.run(guest, request, answer.take, started=started, whole=not body.stream)
         await answer.end()
 
 
 class _Answer:
     """What both kinds of answer share."""
 
-    def __init__(self, exchange: Exchange, body: ChatRequest, model: str, tokens: Tokens) -> None:
+    def __init__(self, exchange: Exchange, body: ChatRequest, tokens: Tokens) -> None:
         self.exchange = exchange
         self.body = body
         self.usage = UsageSum([])
         self.calls: dict[int, set[int]] = {}  # numbers of the calls that each choice has made
-        self._model = model
         self._tokens = tokens
         self._created = int(time.time())
         self._one_call = body.parallel_tool_calls is False
@@ -69,7 +68,7 @@ class _Answer:
             "id": f"chatcmpl-{self.exchange.request_id}",
             "object": kind,
             "created": self._created,
-            "model": self._model,
+            "model": self.body.model,
         }
 
     def reason(self, response: gateway_pb2.ChatResponse) -> Reason | None:
@@ -101,8 +100,8 @@ class _Answer:
 class _Whole(_Answer):
     """Written at once, when all samples are whole."""
 
-    def __init__(self, exchange: Exchange, body: ChatRequest, model: str, tokens: Tokens) -> None:
-        super().__init__(exchange, body, model, tokens)
+    def __init__(self, exchange: Exchange, body: ChatRequest, tokens: Tokens) -> None:
+        super().__init__(exchange, body, tokens)
         self._choices: dict[int, Choice] = {}
 
     async def take(self, response: gateway_pb2.ChatResponse) -> None:
@@ -144,8 +143,8 @@ class _Whole(_Answer):
 class _Stream(_Answer):
     """Event by event."""
 
-    def __init__(self, exchange: Exchange, body: ChatRequest, model: str, tokens: Tokens) -> None:
-        super().__init__(exchange, body, model, tokens)
+    def __init__(self, exchange: Exchange, body: ChatRequest, tokens: Tokens) -> None:
+        super().__init__(exchange, body, tokens)
         options = body.stream_options
         self._usage_at_end = bool(options and options.include_usage)
         self._usage_always = bool(options and options.continuous_usage_stats)

@@ -18,9 +18,10 @@ from gateway.http.build import OMIT, as_json, build
 from gateway.http.exchange import Exchange
 from gateway.http.finish import finish_reason
 from gateway.http.logprobs import TextLogprobs, joined
-from gateway.http.options import check_model, generate_request, session_name
+from gateway.http.options import find_model, generate_request, session_name
 from gateway.http.schemas import CompletionRequest
 from gateway.http.usage import UsageSum
+from gateway.tokens import Tokens
 
 #: OpenAI's, for completions.
 MAX_TOKENS = 16
@@ -34,20 +35,23 @@ class CompletionEndpoint:
 
     async def handle(self, exchange: Exchange, guest: Guest, body: CompletionRequest) -> None:
         """Raises HttpError, RpcFailure or InvalidRequestError."""
-        model = check_model(body.model, self._desk.info)
+        model = find_model(body.model, self._desk)
         prompts = body.prompts
         session_id = session_name(exchange.headers, body)
         asks = [Ask(_request(body, prompt, session_id)) for prompt in prompts]
-        async with self._desk.generator.open(guest, len(asks)) as session:
+        async with model.generator.open(guest, len(asks)) as session:
             exchange.request_id = session.request_id
             ids = await session.read(asks)
-            echoed = [self._echo(prompt, ids[number]) if body.echo else "" for number, prompt in enumerate(prompts)]
-            answer = _Answer(self._desk, exchange, body, model, ids, echoed)
+            echoed = [_echo(body, *pair, model.tokens) for pair in zip(prompts, ids, strict=True)]
+            answer = _Answer(exchange, body, model.tokens, ids, echoed)
             await session.run(answer.take)
         await answer.end()
 
-    def _echo(self, prompt: str | list[int], ids: Sequence[int]) -> str:
-        return prompt if isinstance(prompt, str) else self._desk.tokens.decode(list(ids))
+
+def _echo(body: CompletionRequest, prompt: str | list[int], ids: Sequence[int], tokens: Tokens) -> str:
+    if not body.echo:
+        return ""
+    return prompt if isinstance(prompt, str) else tokens.decode(list(ids))
 
 
 def _request(body: CompletionRequest, prompt: str | list[int], session: str) -> gateway_pb2.GenerateRequest:
@@ -76,10 +80,9 @@ class _Answer:
 
     def __init__(
         self,
-        desk: Desk,
         exchange: Exchange,
         body: CompletionRequest,
-        model: str,
+        tokens: Tokens,
         prompts: Sequence[tuple[int, ...]],
         echoed: Sequence[str],
     ) -> None:
@@ -94,11 +97,10 @@ class _Answer:
             "id": f"cmpl-{exchange.request_id}",
             "object": "text_completion",
             "created": int(time.time()),
-            "model": model,
+            "model": body.model,
         }
         self._choices = [
-            _Choice(TextLogprobs(desk.tokens) if body.logprobs is not None else None)
-            for _ in range(len(prompts) * self._n)
+            _Choice(TextLogprobs(tokens) if body.logprobs is not None else None) for _ in range(len(prompts) * self._n)
         ]
         self._begun: set[int] = set()
         options = body.stream_options

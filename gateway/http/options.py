@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 
 from branchline.core import InvalidRequestError
 from branchline.v1 import gateway_pb2, types_pb2
+from branchline.wire.status import RpcFailure
+from gateway.desk import Desk
 from gateway.http.errors import HttpError
 from gateway.http.schemas import Sampling
-from gateway.info import Info
+from gateway.model import Model
 from gateway.validate import MAX_SESSION_CHARS
 
 #: OpenAI's default, where the gateway's own is greedy.
@@ -16,11 +19,12 @@ TEMPERATURE = 1.0
 SESSION_HEADER = "x-session-id"
 
 
-def check_model(name: str, info: Info) -> str:
-    """The name to answer with. Raises HttpError for a model that is not served."""
-    if name not in info.models:
-        raise HttpError(404, f"The model '{name}' does not exist.", "model", "model_not_found")
-    return name
+def find_model(name: str, desk: Desk) -> Model:
+    """Raises HttpError for a model that is not served, and for none: OpenAI's API has no default."""
+    if name:
+        with contextlib.suppress(RpcFailure):
+            return desk.model(name)
+    raise HttpError(404, f"The model '{name}' does not exist.", "model", "model_not_found")
 
 
 def session_name(headers: Mapping[str, str], body: Sampling) -> str:

@@ -256,7 +256,7 @@ def test_info(client: Client) -> None:
     info = client.info()
     assert (info.version, info.model, info.max_model_len, info.tree) == ("0", "fake", 4096, "none")
     assert info.active_requests == 0
-    assert info.workers[1] == sdk.Worker("decode", "fake:1", True, 9, 4, 2, 3)
+    assert info.workers[1] == sdk.Worker("decode", "fake:1", True, 9, 4, 2, 3, "fake")
 
 
 def test_health_and_readiness(client: Client, server: FakeServer) -> None:

@@ -6,12 +6,17 @@ import contextlib
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
+import yaml
+
+from branchline.config import Config, to_mapping
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -70,3 +75,26 @@ def nothing_left() -> Iterator[Path]:
             if child.pid not in before:
                 child.kill()
         shutil.rmtree(directory)
+
+
+@contextlib.contextmanager
+def launched(served: Config, directory: Path) -> Iterator[tuple[subprocess.Popen[bytes], str, str]]:
+    """A system on a Ray of its own: the process, the gateway and the control."""
+    config, log = directory / "config.yaml", directory / "log"
+    config.write_text(yaml.safe_dump(to_mapping(served)))
+    command = [sys.executable, "-m", "cluster.launch", "--config", str(config), "--ray-address", "local"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        wait_until(lambda: "ready grpc=" in log.read_text() or process.poll() is not None, 120, "ready")
+        lines = log.read_text().splitlines()
+        (ready,) = [line.removeprefix("ready grpc=") for line in lines if line.startswith("ready grpc=")]
+        (control,) = [line.partition("control at ")[2] for line in lines if "control at " in line]
+        yield process, ready, control
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        process.wait(60)
+        print(log.read_text())
+        config.unlink()
+        log.unlink()

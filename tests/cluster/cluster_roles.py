@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -39,14 +39,14 @@ async def gateway(
     ready: Callable[[str], None],
     stop: asyncio.Event,
     progress: Callable[[str], None],
-    on_pool: Callable[[Pool], None],
+    on_pools: Callable[[Mapping[str, Pool]], None],
     on_load: Callable[[Callable[[], Workload]], None],
     on_drain: Callable[[Callable[[], None]], None],
 ) -> None:
     """Serves only the health service, on its own port, and says what workers it is given."""
     pool = Pool(progress)
     pool.update(config.gateway.prefill_workers, config.gateway.decode_workers)
-    on_pool(pool)
+    on_pools({"": pool})
     on_load(Workload)
     on_drain(lambda: progress("drains"))
     await _serve_health(config.gateway.host, config.gateway.grpc_port, ready, stop)

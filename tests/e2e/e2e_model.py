@@ -70,10 +70,10 @@ class TinyModel:
         return generated
 
 
-def save_served_model(directory: Path) -> TinyModel:
-    config = tiny_config(
-        vocab_size=len(ALPHABET), initializer_range=0.25, max_position_embeddings=MAX_LENGTH, eos_token_id=0
-    )
+def save_served_model(directory: Path, **differences: Any) -> TinyModel:
+    """`differences` from the usual model's configuration make another one."""
+    sizes = {"vocab_size": len(ALPHABET), "initializer_range": 0.25, "max_position_embeddings": MAX_LENGTH}
+    config = tiny_config(**sizes, eos_token_id=0, **differences)
     oracle = save_tiny_model(directory / "model", config)
     tokenizer = _tokenizer()
     tokenizer.save_pretrained(directory / "model")

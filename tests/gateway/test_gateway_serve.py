@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 import httpx2
@@ -163,14 +163,14 @@ async def test_stopping_ends_running_requests(model: str) -> None:
 async def test_workers_may_come_later_and_from_another_thread(model: str) -> None:
     addresses: list[str] = []
     lines: list[str] = []
-    pools: list[WorkerPool] = []
+    pools: list[Mapping[str, WorkerPool]] = []
     stop = asyncio.Event()
     task = asyncio.create_task(
-        serve(config(model), ready=addresses.append, stop=stop, progress=lines.append, on_pool=pools.append)
+        serve(config(model), ready=addresses.append, stop=stop, progress=lines.append, on_pools=pools.append)
     )
     await eventually(lambda: any("waiting for" in line for line in lines), 20)
     async with worker_addresses() as workers:
-        await asyncio.to_thread(pools[0].update, [workers["prefill"]], [workers["decode"]])
+        await asyncio.to_thread(pools[0][""].update, [workers["prefill"]], [workers["decode"]])
         await eventually(lambda: addresses, 5)
         assert await generated(addresses[0]) == expected_tokens(PROMPT, 5)
         stop.set()

@@ -126,7 +126,7 @@ class FakeServer(gateway_pb2_grpc.GatewayServiceServicer):
         self, message: gateway_pb2.GetInfoRequest, context: grpc.ServicerContext
     ) -> gateway_pb2.GetInfoResponse:
         self._note("GetInfo", message, context)
-        load = {"blocks_total": 9, "blocks_used": 4, "requests": 2, "tasks": 3}
+        load: dict[str, Any] = {"blocks_total": 9, "blocks_used": 4, "requests": 2, "tasks": 3, "model": MODEL}
         workers = [
             gateway_pb2.WorkerInfo(role=role, address="fake:1", healthy=True, **load) for role in ("prefill", "decode")
         ]

@@ -78,6 +78,18 @@ ray.io/group: {{ .group }}
 {{- toYaml $config -}}
 {{- end -}}
 
+{{/* A role's pods: one for each worker of each model. Takes (dict "root" $ "role" NAME). */}}
+{{- define "branchline.replicas" -}}
+{{- $main := index .root.Values .role "replicas" | int -}}
+{{- $sum := $main -}}
+{{- if ne .role "gateway" -}}
+{{- range .root.Values.config.others -}}
+{{- $sum = add $sum (dig $.role "replicas" $main . | int) -}}
+{{- end -}}
+{{- end -}}
+{{- $sum -}}
+{{- end -}}
+
 {{/* The program's section `security`: files from the mounted Secrets. Empty while nothing of it is used. */}}
 {{- define "branchline.security" -}}
 {{- with .Values.security -}}
