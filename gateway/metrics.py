@@ -113,6 +113,6 @@ def gateway_registry(models: Sequence[Model], door: Door, counts: Counts) -> Col
         for model, role in itertools.product(models, Role):
             for state, healthy in (("up", True), ("down", False)):
                 workers = [w for w in model.backend.pool.workers if w.role is role and w.healthy is healthy]
-                sheet.put(WORKERS, len(workers), role, state, model.name)
+                sheet.put(WORKERS, len(workers), role, state, model.label)
 
     return registry_of("gateway", StateCollector(FAMILIES, read, counts.histograms))

@@ -39,6 +39,11 @@ class Model:
         return self.names[0]
 
     @property
+    def label(self) -> str:
+        """What metrics call it: unlike `name` it is the same before a worker has answered."""
+        return self.backend.config.served_model_name or self.configured
+
+    @property
     def max_model_len(self) -> int:
         """0 before any worker has answered."""
         return self.backend.pool.max_model_len or 0

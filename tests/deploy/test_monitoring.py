@@ -98,8 +98,8 @@ def test_promtool_finds_nothing_wrong(tmp_path: Path) -> None:
 #: For each alert series that set it off, as promtool writes them, and the minute by which they have.
 FIRING: dict[str, tuple[int, dict[str, str]]] = {
     "BranchlineGone": (3, {}),
-    "BranchlineNoWorkers": (2, {'gateway_workers{role="decode", state="up"': "0x40"}),
-    "BranchlineWorkerDown": (6, {'gateway_workers{role="decode", state="down"': "1x40"}),
+    "BranchlineNoWorkers": (2, {'gateway_workers{role="decode", model="default", state="up"': "0x40"}),
+    "BranchlineWorkerDown": (6, {'gateway_workers{role="decode", model="default", state="down"': "1x40"}),
     "BranchlineRequestsFail": (
         20,
         {'gateway_requests_total{code="OK"': "0+90x40", 'gateway_requests_total{code="UNAVAILABLE"': "0+10x40"},
@@ -122,8 +122,8 @@ FIRING: dict[str, tuple[int, dict[str, str]]] = {
 #: The same system on a good day: nothing of it sets anything off.
 QUIET = {
     'build_info{role="gateway"': "1x40",
-    'gateway_workers{role="decode", state="up"': "2x40",
-    'gateway_workers{role="decode", state="down"': "0x40",
+    'gateway_workers{role="decode", model="default", state="up"': "2x40",
+    'gateway_workers{role="decode", model="default", state="down"': "0x40",
     'gateway_requests_total{code="OK"': "0+99x40",
     'gateway_requests_total{code="CANCELLED"': "0+50x40",
     'gateway_requests_total{code="UNAVAILABLE"': "0+1x40",
