@@ -371,6 +371,27 @@ async def test_different_models_are_never_paired(tokens: Tokens) -> None:
         assert h.decodes[0].reserved == 0
 
 
+async def test_a_worker_that_comes_back_as_another_is_paired_no_more(tokens: Tokens) -> None:
+    """The same address after a restart, other weights: its KV must not be mixed with the others'."""
+    async with house(tokens, [ScriptedPrefill()], [ScriptedDecode(), ScriptedDecode()], worker_wait_s=0.5) as h:
+        await h.complete()
+        address = h.addresses[1]
+        worker = next(worker for worker in h.backend.pool.workers if worker.address == address)
+        await h.servers[1].stop(0)
+        await eventually(lambda: not worker.healthy, 10)
+        returned = ScriptedDecode(fingerprint=Fingerprint(target={"weights": "w2"}), incarnation="d2")
+        async with running(returned, int(address.rpartition(":")[2])):
+            await eventually(lambda: worker.healthy, 10)
+            for _ in range(6):
+                await h.complete()
+            assert returned.reserved == 0
+            await h.servers[2].stop(0)  # the last one that fits
+            error = await refused(h.call())
+            assert error.code() is Code.UNAVAILABLE
+            assert returned.reserved == 0
+        await eventually(lambda: not h.backend.pool.in_flight)
+
+
 async def test_a_pair_that_turns_out_not_to_fit(tokens: Tokens) -> None:
     mismatch = RpcFailure(Code.FAILED_PRECONDITION, "rope: a != b")
     decodes = [ScriptedDecode(refusals=[mismatch]), ScriptedDecode()]
