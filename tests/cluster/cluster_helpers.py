@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -46,10 +47,12 @@ def listens(address: str) -> bool:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Below those that the system gives to whoever asks for any: nobody else takes it before it is used."""
+    while True:
+        port = random.randrange(20_000, 32_000)  # Ray's own workers take those below
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("0.0.0.0", port))  # the loopback addresses of all nodes
+            return port
 
 
 def children() -> set[int]:
