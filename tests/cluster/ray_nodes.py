@@ -93,12 +93,14 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.send_signal(signal.SIGTERM)
     try:
         process.wait(20)
+    except subprocess.TimeoutExpired:  # a node that hasn't started yet
+        process.kill()
+        process.wait(20)
     finally:
         for member in family:
             if member.is_running():
                 member.kill()
         psutil.wait_procs(family, timeout=10)
-        process.kill()
 
 
 def remove_all(directory: Path) -> None:

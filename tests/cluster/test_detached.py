@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -38,7 +39,12 @@ def serve(head: Node, config: Path, *flags: str) -> subprocess.CompletedProcess[
 
 
 def actors(head: Node) -> list[psutil.Process]:
-    return [one for one in head.family() if any(name in " ".join(one.cmdline()) for name in ("RoleActor", "Launcher"))]
+    found = []
+    for process in head.family():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            if any(name in " ".join(process.cmdline()) for name in ("RoleActor", "Launcher")):
+                found.append(process)
+    return found
 
 
 def test_it_runs_on_until_it_is_stopped(head: Node, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,6 +51,7 @@ def lose(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], N
             there[ip] = own, own.enter_context(ray_worker(directory, head, ip, **flags))
         for _, node in there.values():
             wait_until(lambda node=node: listens(node.agent) or not node.alive, START_S, "a node")
+            assert node.alive
 
         def kill(ip: str) -> None:
             own, node = there.pop(ip)
