@@ -15,8 +15,8 @@ from typing import Any
 
 import psutil
 import yaml
-from cluster_helpers import ROOT, listens, wait_until
-from ray_nodes import Node, ray_head, ray_worker
+from cluster_helpers import ROOT, wait_until
+from ray_nodes import START_S, Node, ray_head, ray_worker
 
 from branchline.client import Client, Completion, ServerInfo
 from branchline.config import Config, to_mapping
@@ -33,7 +33,6 @@ NODE_ENV = {
     "RAY_health_check_failure_threshold": "3",
     "RAY_health_check_timeout_ms": "3000",
 }
-START_S = 240.0
 REQUEST_S = 120.0
 
 
@@ -81,10 +80,7 @@ class Cluster:
 
     def start_node(self, ip: str) -> None:
         stack = contextlib.ExitStack()
-        node = stack.enter_context(ray_worker(self._directory, self._head, ip, **NODE_FLAGS))
-        self._nodes[ip] = stack, node
-        wait_until(lambda: listens(node.agent) or not node.alive, START_S, f"node {ip}")
-        assert node.alive, (self._directory / f"{ip}.log").read_text()
+        self._nodes[ip] = stack, stack.enter_context(ray_worker(self._directory, self._head, ip, **NODE_FLAGS))
 
     def kill_node(self, ip: str) -> None:
         """All its processes at once, as when a machine fails."""

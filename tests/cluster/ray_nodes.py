@@ -16,6 +16,8 @@ from cluster_helpers import free_port, listens, wait_until
 
 BIN = Path(sys.executable).parent
 RAY = str(BIN / "ray")
+#: Machines may be busy otherwise.
+START_S = 240.0
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,6 @@ class Node:
     dashboard: str
     #: HOST:PORT of the node's agent, which serves its health.
     agent: str
-
-    @property
-    def alive(self) -> bool:
-        return self.process.poll() is None
 
     def family(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
@@ -59,17 +57,22 @@ def ray_head(
         "temp-dir": directory / "ray",
     }
     with _node(directory / "head.log", ["--head"], {**flags, **options}, own) as process:
-        wait_until(lambda: listens(f"127.0.0.1:{dashboard}") or process.poll() is not None, 60, "the dashboard")
+        wait_until(lambda: listens(f"127.0.0.1:{dashboard}") or process.poll() is not None, START_S, "the dashboard")
         assert process.poll() is None, (directory / "head.log").read_text()
         yield Node(process, own, f"{ip}:{port}", f"http://127.0.0.1:{dashboard}", f"{ip}:{agent}")
 
 
 @contextlib.contextmanager
 def ray_worker(directory: Path, head: Node, ip: str, **options: object) -> Iterator[Node]:
-    """Another node on this machine, at a loopback address of its own."""
-    agent = free_port()
+    """Another node on this machine, at a loopback address of its own, once it has joined.
+
+    One after the other: nodes of one machine that start at once take the same sockets.
+    """
+    agent, log = free_port(), directory / f"{ip}.log"
     flags = {"address": head.gcs, "node-ip-address": ip, "dashboard-agent-listen-port": agent, **options}
-    with _node(directory / f"{ip}.log", [], flags, head.env) as process:
+    with _node(log, [], flags, head.env) as process:
+        wait_until(lambda: listens(f"{ip}:{agent}") or process.poll() is not None, START_S, f"node {ip}")
+        assert process.poll() is None, log.read_text()
         yield Node(process, head.env, head.gcs, head.dashboard, f"{ip}:{agent}")
 
 

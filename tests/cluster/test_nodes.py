@@ -14,7 +14,7 @@ import psutil
 import pytest
 import ray
 from chaos_world import NODE_ENV
-from cluster_helpers import HERE, ROOT, listens, nothing_left, wait_until
+from cluster_helpers import HERE, ROOT, nothing_left, wait_until
 from ray_nodes import Node, ray_head, ray_worker, remove_all
 
 from branchline.config import Config
@@ -49,9 +49,6 @@ def lose(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], N
             own = stack.enter_context(ExitStack())
             flags = {"num-cpus": 4, "object-store-memory": 80 * MIB, **more}
             there[ip] = own, own.enter_context(ray_worker(directory, head, ip, **flags))
-        for _, node in there.values():
-            wait_until(lambda node=node: listens(node.agent) or not node.alive, START_S, "a node")
-            assert node.alive
 
         def kill(ip: str) -> None:
             own, node = there.pop(ip)
