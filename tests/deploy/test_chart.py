@@ -50,6 +50,7 @@ SWITCHES: dict[str, Manifest] = {
         "networkPolicy": {"scrapers": [{"namespaceSelector": {}}]},
         "monitoring": {name: {"enabled": True} for name in ("serviceMonitor", "rules", "dashboard")},
     },
+    "autoscaling": {"autoscaling": {"enabled": True}, "decode": {"maxReplicas": 2}},
     "redis": {"gcsFaultTolerance": {"enabled": True, "redisAddress": "redis:6379", "passwordSecret": "s"}},
 }
 

@@ -114,6 +114,16 @@ NOT_FOR_RAY = {"detached", "prefill_workers", "decode_workers", "address"}
             {"monitoring": {"serviceMonitor": {"enabled": True}}, "ports": {"metrics": 9101}},
             ["networkPolicy.scrapers lets nobody scrape"],
         ),
+        ({"decode": {"maxReplicas": 2}}, ["decode.minReplicas and maxReplicas need autoscaling.enabled"]),
+        ({"autoscaling": {"enabled": True}}, ["no role has minReplicas or maxReplicas"]),
+        (
+            {"autoscaling": {"enabled": True}, "decode": {"replicas": 3, "maxReplicas": 2}},
+            ["decode.maxReplicas is 2, but 3 pods are needed at the start"],
+        ),
+        (
+            {"autoscaling": {"enabled": True}, "prefill": {"minReplicas": 2}},
+            ["prefill.minReplicas is 2, but only 1 pods are needed at the start"],
+        ),
         ({"gateway": {"drainSeconds": -1}}, ["gateway", "drainSeconds"]),
     ],
     ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",

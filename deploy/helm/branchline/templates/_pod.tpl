@@ -241,6 +241,19 @@ spec:
       emptyDir:
         sizeLimit: {{ $root.Values.modelCache.size }}
       {{- end }}
+    {{- if and (not .port) $root.Values.autoscaling.enabled }}
+    # What an account's token usually comes with, but for the autoscaler's container alone.
+    - name: kubernetes
+      projected:
+        defaultMode: 0440
+        sources:
+          - serviceAccountToken:
+              path: token
+              expirationSeconds: 3607
+          - configMap:
+              name: kube-root-ca.crt
+              items: [{key: ca.crt, path: ca.crt}]
+    {{- end }}
     {{- range $directory, $secret := include "branchline.mountedSecrets" . | fromYaml }}
     - name: {{ $directory }}
       secret:

@@ -41,6 +41,7 @@
 {{- if and .Values.modelCache.existingClaim (not .Values.modelCache.persistent) -}}
 {{- fail "modelCache.existingClaim is given, but modelCache.persistent is false" -}}
 {{- end -}}
+{{- include "branchline.validateAutoscaling" . -}}
 {{- include "branchline.validateSecurity" . -}}
 {{- include "branchline.validateRoutes" . -}}
 {{- range $name, $part := .Values.monitoring -}}
@@ -50,6 +51,29 @@
 {{- end -}}
 {{- if and .Values.monitoring.serviceMonitor.enabled .Values.networkPolicy.enabled (not .Values.networkPolicy.scrapers) -}}
 {{- fail "monitoring.serviceMonitor.enabled is true, but networkPolicy.scrapers lets nobody scrape: name Prometheus's pods" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "branchline.validateAutoscaling" -}}
+{{- $bounds := false -}}
+{{- range $role := list "prefill" "decode" "gateway" -}}
+{{- $values := index $.Values $role -}}
+{{- $replicas := include "branchline.replicas" (dict "root" $ "role" $role) | int -}}
+{{- $min := $values.minReplicas | int -}}
+{{- $max := $values.maxReplicas | int -}}
+{{- $bounds = or $bounds $min $max -}}
+{{- if and (or $min $max) (not $.Values.autoscaling.enabled) -}}
+{{- fail (printf "%s.minReplicas and maxReplicas need autoscaling.enabled" $role) -}}
+{{- end -}}
+{{- if gt $min $replicas -}}
+{{- fail (printf "%s.minReplicas is %d, but only %d pods are needed at the start" $role $min $replicas) -}}
+{{- end -}}
+{{- if and $max (lt $max $replicas) -}}
+{{- fail (printf "%s.maxReplicas is %d, but %d pods are needed at the start" $role $max $replicas) -}}
+{{- end -}}
+{{- end -}}
+{{- if and $.Values.autoscaling.enabled (not $bounds) -}}
+{{- fail "autoscaling.enabled is true, but no role has minReplicas or maxReplicas" -}}
 {{- end -}}
 {{- end -}}
 
