@@ -47,7 +47,7 @@ def ray_head(
     machine's own.
     """
     own = {**os.environ, **(env or {}), "TMPDIR": str(directory), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-    port, dashboard, agent = free_port(), free_port(), free_port()
+    port, dashboard, agent = options.pop("port", None) or free_port(), free_port(), free_port()
     flags = {
         "node-ip-address": ip,
         "port": port,
