@@ -78,6 +78,8 @@ lock: install  ## write requirements/*.lock from pyproject.toml and what is inst
 	mv requirements/.cpu.lock requirements/cpu.lock
 	$(PY) -m tools.lock cpu > requirements/.image-cpu.lock
 	mv requirements/.image-cpu.lock requirements/image-cpu.lock
+	$(PY) -m tools.lock cuda > requirements/.cuda.lock
+	mv requirements/.cuda.lock requirements/cuda.lock
 
 chart-readme: install  ## write the table of values in the Helm chart's README
 	$(PY) -m tools.chart_readme

