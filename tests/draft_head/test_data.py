@@ -1,41 +1,36 @@
-"""Data: a tiny model writes conversations, the same ones whenever it is asked to."""
+"""Data: a tiny model writes conversations, the same ones whenever it is asked to, and keeps what the head will read."""
 
 from __future__ import annotations
 
 import dataclasses
-import random
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny_chat import save_chat_model
 
 from branchline.config import Config, ConfigError
 from branchline.core import Request, SamplingParams
 from branchline.engine.assemble import assemble
-from branchline.engine.decode import Allocation, DecodeRunner
-from branchline.engine.models.locate import locate_model
-from branchline.engine.models.protocol import ModelError, Models
+from branchline.engine.models.protocol import Models
 from branchline.engine.offline import Pipeline
-from branchline.engine.step import Step
 from branchline.engine.tree_spec import parse_tree
-from tools.draft_head import data, recipe
+from tools.draft_head import data, features, recipe
 from tools.draft_head.chat_format import ChatFormat
 from tools.draft_head.recipe import DataRecipe, Recipe
 from tools.draft_head.store import Conversation, Work
-from tools.draft_head.turns import assistant, user
-from tools.draft_head.writer import Writer
 
 pytestmark = pytest.mark.models
 
 SETTINGS = DataRecipe(
-    tokens=1500,
-    shard_conversations=24,
+    tokens=6000,
+    shard_conversations=40,
     in_flight=8,
     max_answer_tokens=24,
-    max_prompt_tokens=256,
+    max_prompt_tokens=400,
     temperatures=(0.0, 0.7, 1.0),
-    kv_cache_mib=8,
 )
 
 
@@ -58,6 +53,10 @@ def conversations(work: Work) -> list[Conversation]:
     return [one for path in work.data_shards() for one in work.open_conversations(path)]
 
 
+def files(work: Work) -> dict[str, bytes]:
+    return {str(path.relative_to(work.root)): path.read_bytes() for path in work.root.rglob("0*.*")}
+
+
 def silent(_: str) -> None:
     pass
 
@@ -65,15 +64,14 @@ def silent(_: str) -> None:
 def test_there_is_what_was_asked_for(finished: Work) -> None:
     written = conversations(finished)
     assert len(finished.data_shards()) > 1
-    assert sum(len(one.answer) for one in written) >= SETTINGS.tokens
+    assert sum(one.learned for one in written) >= SETTINGS.tokens
     assert len({one.id for one in written}) == len(written)
     assert len({one.prompt for one in written}) == len(written)
-    assert all(len(one.prompt) <= 256 and 1 <= len(one.answer) <= 24 for one in written)
-    own = [one for one in written if one.id % data.PER_NUMBER == 0]
-    temperatures = Counter(one.temperature for one in own)
+    assert all(len(one.prompt) <= 400 and 1 <= len(one.answer) <= 24 for one in written)
+    temperatures = Counter(one.temperature for one in written)
     assert set(temperatures) == {0.0, 0.7, 1.0}
-    assert max(temperatures.values()) < 1.5 * min(temperatures.values())
-    assert {"chat", "seeded", "translate", "passage"} <= {one.kind for one in written}
+    assert max(temperatures.values()) < 2 * min(temperatures.values())
+    assert {one.kind for one in written} >= {"chat", "seeded", "translate", "summarize", "passage_qa", "multi"}
 
 
 def test_prompts_are_those_of_the_chat_template(finished: Work, tiny: Recipe) -> None:
@@ -82,13 +80,37 @@ def test_prompts_are_those_of_the_chat_template(finished: Work, tiny: Recipe) ->
         text = chats.tokenizer.decode(one.prompt)
         assert text.startswith("<|im_start|>user\n")
         assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
+        assert text.count("<|im_start|>user\n") == text.count("<|im_start|>assistant\n")
         assert 0 not in one.answer[:-1], "an answer goes on behind its end"
+        begun = chats.tokenizer.decode(one.prompt[: one.begun])
+        assert begun.startswith("<|im_start|>user\n")
+        assert "assistant" not in begun
+
+
+def test_a_question_ends_with_its_mark_or_at_its_limit(finished: Work, tiny: Recipe) -> None:
+    chats = ChatFormat.of(Path(tiny.model))
+    marks = chats.tokens_with("?")
+    asked = [one for one in conversations(finished) if one.kind == "question"]
+    turns = [one.prompt[one.begun : -len(chats.to_answer)] for one in asked]
+    assert not any(marks & set(turn[:-1]) for turn in turns)
+    assert any(turn[-1] in marks for turn in turns)
+    assert all(turn[-1] in marks or len(turn) <= 40 for turn in turns)
+
+
+def test_passages_are_as_long_as_they_were_to_be(finished: Work) -> None:
+    """A tiny model would end them at once."""
+    written = conversations(finished)
+    room = 400 - 80
+    longest = max(len(one.prompt) for one in written if one.kind == "summarize")
+    assert 0.5 * room < longest
+    assert all(len(one.prompt) > 0.2 * room for one in written if one.kind == "summarize")
 
 
 def test_answers_are_the_models_own(finished: Work, tiny: Recipe) -> None:
     """Greedy ones, against an engine that takes one request at a time."""
     models = load(tiny)
-    greedy = [one for one in conversations(finished) if one.temperature == 0.0][:12]
+    greedy = [one for one in conversations(finished) if one.temperature == 0.0]
+    assert {one.kind for one in greedy} >= {"summarize", "chat"}
     requests = [
         Request(str(one.id), one.prompt, 24, SamplingParams(), stop_token_ids=models.target.spec.eos_token_ids)
         for one in greedy
@@ -104,12 +126,45 @@ def load(tiny: Recipe) -> Models:
     return assemble(Config().override(**settings))[0]
 
 
+def test_features_are_kept_as_they_would_be_computed(finished: Work, tiny: Recipe) -> None:
+    models = features.load_for_features(tiny, silent)
+    for shard in finished.data_shards():
+        entries = list(finished.open_conversations(shard))
+        kept, expected = load_file(finished.feature_shard(shard)), features.compute(models, entries, 512)
+        assert kept.keys() == expected.keys()
+        read = torch.ones(len(kept["tokens"]), dtype=torch.bool)
+        read[kept["starts"][1:] - 1] = False  # a conversation's last token was never read
+        for name in ("tokens", "starts", "begun"):
+            assert torch.equal(kept[name], expected[name]), name
+        assert torch.equal(kept["choices"][read], expected["choices"][read])
+        for name in ("auxiliary", "hidden"):
+            torch.testing.assert_close(kept[name][read], expected[name][read], rtol=1e-2, atol=1e-3)
+
+
 def test_a_run_that_was_stopped_goes_on_with_the_same_text(finished: Work, tiny: Recipe, tmp_path: Path) -> None:
     work = Work(tmp_path)
     data.run(work, dataclasses.replace(tiny, data=dataclasses.replace(SETTINGS, tokens=1)), silent)
     assert len(work.data_shards()) == 1
     data.run(work, tiny, silent)
-    assert [p.read_bytes() for p in work.data_shards()] == [p.read_bytes() for p in finished.data_shards()]
+    assert files(work) == files(finished)
+
+
+def test_processes_side_by_side_write_the_same_text(finished: Work, tiny: Recipe, tmp_path: Path) -> None:
+    """Each shard may begin before another one has enough, so there may be one more."""
+    work = Work(tmp_path)
+    data.run(work, dataclasses.replace(tiny, data=dataclasses.replace(SETTINGS, processes=2)), silent)
+    ours, theirs = files(work), files(finished)
+    assert theirs.items() <= ours.items()
+    assert len(work.data_shards()) <= len(finished.data_shards()) + 1
+
+
+def test_a_process_that_fails_ends_the_run(tiny: Recipe, tmp_path: Path) -> None:
+    work = Work(tmp_path)
+    (work.feature_shard(work.data_shard(1)) / "in the way").mkdir(parents=True)
+    both = dataclasses.replace(tiny, data=dataclasses.replace(SETTINGS, processes=2))
+    with pytest.raises(ConfigError, match=r"data\.processes: 1 of them failed, with exit code 1"):
+        data.run(work, both, silent)
+    assert not work.data_shard(1).exists()
 
 
 def test_a_finished_run_loads_no_model(finished: Work, tiny: Recipe) -> None:
@@ -123,91 +178,16 @@ def test_another_seed_says_something_else(finished: Work, tiny: Recipe, tmp_path
     assert not {one.prompt for one in ours} & {one.prompt for one in theirs if len(one.prompt) > 60}
 
 
-def test_a_gap_among_the_shards_is_refused(finished: Work, tiny: Recipe, tmp_path: Path) -> None:
-    work = Work(tmp_path)
-    work.write_conversations(work.data_shard(1), conversations(finished)[:1])
-    with pytest.raises(ConfigError, match="a shard is missing"):
-        data.run(work, tiny, silent)
-
-
-def test_prompts_that_never_fit_end_the_run(tiny: Recipe, tmp_path: Path) -> None:
+def test_plans_that_never_fit_end_the_run(tiny: Recipe, tmp_path: Path) -> None:
     small = dataclasses.replace(SETTINGS, max_prompt_tokens=16, shard_conversations=4)
     with pytest.raises(ConfigError, match=r"data\.max_prompt_tokens: nothing fits 16"):
         data.run(Work(tmp_path), dataclasses.replace(tiny, data=small), silent)
 
 
-@pytest.mark.parametrize("memory_mib", [1, 64])
-def test_the_writer_writes_what_one_request_alone_gets(
-    tiny: Recipe, memory_mib: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Prompts of many lengths at once, some with the shared beginning; in little memory some are preempted."""
-    preempted: list[Allocation] = []
-    step = DecodeRunner.step
-
-    def watched(runner: DecodeRunner) -> Step:
-        done = step(runner)
-        preempted.extend(done.preempted)
-        return done
-
-    monkeypatch.setattr(DecodeRunner, "step", watched)
-    models, draw = load(tiny), random.Random(0)
-    shared = tuple(draw.randrange(3, 300) for _ in range(40))
-    requests = []
-    for number in range(24):
-        prompt = tuple(draw.randrange(3, 300) for _ in range(draw.choice((1, 5, 60))))
-        prompt = shared + prompt if number % 3 else prompt
-        sampling = SamplingParams(draw.choice((0.0, 1.0)), draw.choice((0.9, 1.0)), seed=number)
-        stops = models.target.spec.eos_token_ids
-        requests.append(Request(str(number), prompt, draw.choice((1, 80, 80)), sampling, stop_token_ids=stops))
-    config = Config().override(
-        **{"engine.kv_cache_mib": memory_mib, "engine.max_batch": 17, "engine.max_model_len": 192}
-    )
-    writer = Writer(models, config.engine, cut=lambda _: False)
-    writer.share(shared)
-    for request in requests:
-        writer.submit(request)
-    found: dict[str, tuple[int, ...]] = {}
-    while len(found) < len(requests):
-        found |= {written.request_id: written.token_ids for written in writer.step()}
-    assert writer.tokens == sum(map(len, found.values()))
-    assert bool(preempted) == (memory_mib == 1)
-    expected = Pipeline(models, parse_tree("none"), Config().engine).run(requests)
-    assert found == {name: tuple(output.token_ids) for name, output in expected.items()}
-
-
-def test_loops_are_seen_when_they_have_lasted() -> None:
-    draw = random.Random(0)
-    start = [draw.randrange(1000) for _ in range(32)]
-    assert data.loops([*start, *[7] * 64])
-    assert data.loops([*start, *list(range(16)) * 4])
-    assert not data.loops([*start, *[7] * 48])
-    assert not data.loops([draw.randrange(1000) for _ in range(96)])
-    assert not data.loops([*start, *list(range(17)) * 4][:96])
-
-
 def test_the_shares_are_kept() -> None:
     shares = dict.fromkeys(("summarize", "passage_qa", "multi", "question", "math", "seeded"), 0.0)
     settings = DataRecipe(shares=recipe.Shares(**shares, chat=3, translate=1))
-    studio = data.Studio(Recipe(data=settings), None, None, set())  # type: ignore[arg-type]
+    studio = data.Studio(Recipe(data=settings), None)  # type: ignore[arg-type]
     kinds = Counter(studio.kind(number) for number in range(2000))
     assert set(kinds) == {"chat", "translate"}
     assert 1400 < kinds["chat"] < 1600
-
-
-@pytest.mark.parametrize("begun", ["", "Write a"])
-def test_the_models_turn_begins_where_the_users_would(begun: str) -> None:
-    chats = ChatFormat.of(locate_model("default"))
-    before = (user("Hello"), assistant("Hi"))
-    text = chats.tokenizer.decode(chats.turn_prompt(before, begun))
-    assert text.endswith(
-        f"<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nHi<|im_end|>\n<|im_start|>user\n{begun}"
-    )
-    assert chats.tokenizer.convert_ids_to_tokens(list(chats.turn_ends)) == ["<|im_end|>"]
-
-
-def test_a_model_without_a_template_is_refused(tiny: Recipe, tmp_path: Path) -> None:
-    tokenizer = ChatFormat.of(Path(tiny.model)).tokenizer
-    tokenizer.chat_template = None
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="no chat template"):
-        ChatFormat.of(tmp_path)

@@ -13,7 +13,7 @@ from tools.draft_head.__main__ import main
 from tools.draft_head.recipe import RECIPES, DataRecipe, Recipe, TrainRecipe
 from tools.draft_head.store import Conversation, Work
 
-CONVERSATION = Conversation(1, "chat", 0.7, (1, 2), (3, 4))
+CONVERSATION = Conversation(1, "chat", 0.7, (1, 2), (3, 4), 1)
 
 
 def test_the_recipes_that_come_along_can_be_read() -> None:
@@ -71,8 +71,8 @@ def begun(work: Work, recipe: Recipe) -> Work:
     [
         ({"seed": 5}, "seed: 0, not 5"),
         ({"model": "other"}, "model: 'default', not 'other'"),
-        ({"data": DataRecipe(max_answer_tokens=64)}, "data.max_answer_tokens: 192, not 64"),
-        ({"data": DataRecipe(shares=recipes.Shares(math=0))}, "data.shares.math: 1.5, not 0"),
+        ({"data": DataRecipe(max_answer_tokens=64)}, "data.max_answer_tokens: 144, not 64"),
+        ({"data": DataRecipe(shares=recipes.Shares(math=0))}, "data.shares.math: 2.5, not 0"),
     ],
 )
 def test_another_recipe_for_what_is_there_is_refused(tmp_path: Path, change: dict[str, object], named: str) -> None:
@@ -100,6 +100,17 @@ def test_conversations_survive_the_file_and_give_the_same_bytes(tmp_path: Path) 
         work.write_conversations(work.data_shard(2), [CONVERSATION])
     assert list(one.open_conversations(one.data_shard(2))) == [CONVERSATION]
     assert one.data_shard(2).read_bytes() == other.data_shard(2).read_bytes()
+
+
+def test_the_conversations_that_come_along_are_those_of_the_recipe(tmp_path: Path) -> None:
+    paths = sorted((RECIPES.parent / "conversations").glob("*.gz"))
+    work = Work(tmp_path)
+    assert [path.name for path in paths] == [work.data_shard(index).name for index in range(len(paths))]
+    entries = [entry for path in paths for entry in work.open_conversations(path)]
+    shipped = recipes.load(RECIPES / "shipped.yaml")
+    assert sum(entry.learned for entry in entries) >= shipped.data.tokens
+    assert max(len(entry.answer) for entry in entries) <= shipped.data.max_answer_tokens
+    assert {entry.temperature for entry in entries} == set(shipped.data.temperatures)
 
 
 def test_a_file_that_was_not_finished_is_not_there(tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ def conversations() -> list[Conversation]:
     entries = []
     for index, (prompt, answer) in enumerate(LENGTHS * 3):
         ids = torch.randint(3, VOCAB, (prompt + 4,), generator=generator).tolist()
-        entries.append(Conversation(index, "chat", 0.0, tuple(ids[:prompt]), tuple((ids[prompt:] * 10)[:answer])))
+        answered = tuple((ids[prompt:] * 10)[:answer])
+        entries.append(Conversation(index, "chat", 0.0, tuple(ids[:prompt]), answered, max(1, prompt - index % 3)))
     return entries
 
 
@@ -79,13 +80,13 @@ def test_features_are_what_the_target_computes(work: Work, recipe: Recipe) -> No
             output = models.target.forward(ids, torch.arange(len(ids)), DenseAttention())
             logits = models.target.logits(output.hidden)
         assert tensors["tokens"][start:end].tolist() == ids.tolist()
-        assert tensors["answers"][index] == len(entry.prompt)
+        assert tensors["begun"][index] == entry.begun
         torch.testing.assert_close(tensors["hidden"][start:end], output.hidden.bfloat16(), rtol=1e-2, atol=1e-2)
         assert output.auxiliary is not None
         torch.testing.assert_close(tensors["auxiliary"][start:end], output.auxiliary.bfloat16(), rtol=1e-2, atol=1e-2)
         choices = tensors["choices"][start:end]
-        assert (choices[: len(entry.prompt)] == -1).all()
-        assert choices[len(entry.prompt) :].tolist() == logits.argmax(-1)[len(entry.prompt) :].tolist()
+        assert (choices[: entry.begun] == -1).all()
+        assert choices[entry.begun :].tolist() == logits.argmax(-1)[entry.begun :].tolist()
 
 
 def test_features_go_on_where_they_stopped(work: Work, recipe: Recipe) -> None:

@@ -19,24 +19,25 @@ from tools.draft_head.head import Rows
 
 @dataclass(frozen=True)
 class Sample:
-    """Where a conversation is: its file, its first row there, its tokens, and the offset of its answer."""
+    """Where a conversation is: its file, its first row there, its tokens, and the offset of the first that the model
+    wrote."""
 
     file: int
     start: int
     length: int
-    answer: int
+    begun: int
 
     @property
     def learned(self) -> int:
-        """Rows whose token is in the answer, and which have a token of the answer to predict."""
-        return self.length - self.answer - 1
+        """Rows whose token the model wrote, and which have another one to predict."""
+        return self.length - self.begun - 1
 
 
 @dataclass(frozen=True)
 class Batch:
     """`rows` for the head; hidden `[learned, hidden_size]`, the target's states that its probabilities for the token
     after each learned row's are computed from; choices int64 `[learned]`, its first choice (a target's token id); left
-    int64 `[learned]`, how many tokens of the answer follow the row's own."""
+    int64 `[learned]`, how many tokens of the conversation follow the row's own."""
 
     rows: Rows
     hidden: torch.Tensor
@@ -52,31 +53,31 @@ class Features:
         self._files: list[Any] = [self._open.enter_context(safe_open(path, framework="pt")) for path in paths]
         self.samples = [entry for index, file in enumerate(self._files) for entry in _samples(index, file)]
         if not self.samples:
-            raise ModelError("no answer of two tokens or more: there is nothing to train on")
+            raise ModelError("no two written tokens in a row: there is nothing to train on")
 
     def close(self) -> None:
         self._open.close()
 
-    def answer(self, sample: Sample) -> torch.Tensor:
-        """int32 `[tokens]`."""
-        return self._read(sample, "tokens", sample.answer, sample.length)
+    def written(self, sample: Sample) -> torch.Tensor:
+        """What the model wrote of it, int32 `[tokens]`."""
+        return self._read(sample, "tokens", sample.begun, sample.length)
 
     def batch(self, samples: Sequence[Sample], steps: int) -> Batch:
         """Reads conversations; on the CPU. Row i of one pairs token i + 1 with the states at i: the rows up to the
-        answer's first token are context, and each of the answer's tokens but the last is learned from."""
+        first token that the model wrote are context, and each written token but the last is learned from."""
         tokens, auxiliary, positions = _Parts(), _Parts(), _Parts()
         hidden, choices, left = [], [], []
         for entry in samples:
-            border, end = entry.answer - 1, entry.length - 2
+            border, end = entry.begun - 1, entry.length - 2
             ids = self._read(entry, "tokens", 0, entry.length)
             states = self._read(entry, "auxiliary", 0, end)
             tokens.add(ids[1 : border + 1], ids[border + 1 : end + 1])
             auxiliary.add(states[:border], states[border:])
             positions.add(torch.arange(border), torch.arange(border, end))
-            hidden.append(self._read(entry, "hidden", entry.answer, entry.length - 1))
-            choices.append(self._read(entry, "choices", entry.answer, entry.length - 1))
+            hidden.append(self._read(entry, "hidden", entry.begun, entry.length - 1))
+            choices.append(self._read(entry, "choices", entry.begun, entry.length - 1))
             left.append(torch.arange(entry.learned, 0, -1))
-        spans = Spans(tuple(entry.answer - 1 for entry in samples), tuple(entry.learned for entry in samples))
+        spans = Spans(tuple(entry.begun - 1 for entry in samples), tuple(entry.learned for entry in samples))
         padded = torch.cat([*tokens.context, *tokens.learned, torch.zeros(steps, dtype=torch.int32)]).long()
         rows = Rows(padded, auxiliary.joined(), positions.joined(), spans)
         return Batch(rows, torch.cat(hidden), torch.cat(choices).long(), torch.cat(left))
@@ -134,7 +135,7 @@ def cut_batches(order: Sequence[int], lengths: Sequence[int], batch_tokens: int)
 
 
 def _samples(index: int, file: Any) -> list[Sample]:
-    starts, answers = file.get_tensor("starts").tolist(), file.get_tensor("answers").tolist()
-    borders = zip(starts[:-1], starts[1:], answers, strict=True)
-    entries = [Sample(index, start, end - start, answer) for start, end, answer in borders]
+    starts, begun = file.get_tensor("starts").tolist(), file.get_tensor("begun").tolist()
+    borders = zip(starts[:-1], starts[1:], begun, strict=True)
+    entries = [Sample(index, start, end - start, first) for start, end, first in borders]
     return [entry for entry in entries if entry.learned >= 1]

@@ -53,15 +53,16 @@ def _sections(work: Work, recipe: Recipe, evaluation: Mapping[str, Any]) -> Iter
 
 
 def _data(work: Work) -> str:
-    conversations, tokens = Counter[str](), Counter[float]()
+    conversations, tokens, turns = Counter[str](), Counter[float](), 0
     for shard in work.data_shards():
         for entry in work.open_conversations(shard):
             conversations[entry.kind] += 1
             tokens[entry.temperature] += len(entry.answer)
+            turns += entry.learned - len(entry.answer)
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in conversations.most_common())
     heats = ", ".join(f"{temperature:g}: {count:,}" for temperature, count in sorted(tokens.items()))
     return (
-        f"{conversations.total():,} conversations that the model wrote itself, user turns and answers, with "
+        f"{conversations.total():,} conversations that the model wrote itself, with {turns:,} tokens of user turns and "
         f"{tokens.total():,} answer tokens; no outside data. By kind: {kinds}. Answer tokens by temperature: {heats}."
     )
 
@@ -71,7 +72,7 @@ def _training(work: Work, settings: TrainRecipe) -> str:
     covered = ""
     if work.vocabulary.exists():
         with safe_open(work.vocabulary, framework="pt") as file:
-            covered = f" The draft vocabulary has {float(file.metadata()['coverage']):.2%} of the answers' tokens."
+            covered = f" The draft vocabulary has {float(file.metadata()['coverage']):.2%} of their tokens."
     return (
         f"Soft targets over the draft vocabulary; training-time test of {settings.ttt_steps} steps, each weighing "
         f"{settings.ttt_decay:g} of the one before; AdamW at {settings.learning_rate:g} with a warm-up of "

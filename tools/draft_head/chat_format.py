@@ -1,4 +1,4 @@
-"""The model's chat template, for both sides of a chat: the model can write either."""
+"""The model's chat template in pieces, for both sides of a chat: the model can write either."""
 
 from __future__ import annotations
 
@@ -8,52 +8,53 @@ from pathlib import Path
 from typing import Any
 
 from branchline.engine.models.errors import ModelError
-from tools.draft_head.turns import Chat, user
 
-#: Stands for what a user says; nothing that a template would change.
-_MARK = "qzxjvk"
+#: Stand for what is said; nothing that a template would change.
+_MARKS = ("qzxjvk", "vkqzxj", "jvkqzx")
 
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """`turn_ends` are the token ids that end a user's turn where the model writes it."""
+    """Token ids: `opening` up to where a user's first turn begins, `to_answer` from the end of a user's turn to where
+    the answer begins, `to_turn` from the end of an answer to where the next turn begins."""
 
     tokenizer: Any
-    turn_ends: tuple[int, ...]
+    opening: tuple[int, ...]
+    to_answer: tuple[int, ...]
+    to_turn: tuple[int, ...]
 
     @classmethod
     def of(cls, model_dir: Path) -> ChatFormat:
-        """Raises ModelError for a model without a chat template."""
+        """Raises ModelError for a model without a chat template, or with one that is not understood."""
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
         if not tokenizer.chat_template:
             raise ModelError(f"{model_dir}: the tokenizer has no chat template, and the data are chats")
-        behind = _around(tokenizer, ())[1]
-        return cls(tokenizer, tuple(tokenizer.encode(behind, add_special_tokens=False)[:1]))
+        roles = ("user", "assistant", "user")
+        chat = [{"role": role, "content": mark} for role, mark in zip(roles, _MARKS, strict=True)]
+        text: Any = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        pieces = []
+        for mark in _MARKS:
+            before, found, text = text.partition(mark)
+            if not found:
+                raise ModelError(f"{model_dir}: the chat template doesn't show what is said")
+            # The template has written the special tokens.
+            pieces.append(tuple(tokenizer.encode(before, add_special_tokens=False)))
+        opening, to_answer, to_turn = pieces
+        if not opening:
+            raise ModelError(f"{model_dir}: the chat template has nothing before a user's turn")
+        return cls(tokenizer, opening, to_answer, to_turn)
 
-    def answer_prompt(self, chat: Chat) -> tuple[int, ...]:
-        """A chat up to and with the assistant's header."""
-        text = self.tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True)
-        return self._encode(text)
+    def tokens(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
-    def turn_prompt(self, chat: Chat, begun: str) -> tuple[int, ...]:
-        """A chat up to where the user's next turn, of which `begun` is there, goes on."""
-        return self._encode(_around(self.tokenizer, chat)[0] + begun)
+    def tokens_with(self, characters: str) -> frozenset[int]:
+        """Ids of the tokens whose text has one of `characters`."""
+        ids = range(len(self.tokenizer))
+        texts = self.tokenizer.batch_decode([[one] for one in ids], clean_up_tokenization_spaces=False)
+        return frozenset(one for one, text in zip(ids, texts, strict=True) if any(c in text for c in characters))
 
     def text(self, token_ids: Iterable[int]) -> str:
         text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
-
-    def _encode(self, text: str) -> tuple[int, ...]:
-        # The template has written the special tokens.
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
-
-
-def _around(tokenizer: Any, chat: Chat) -> tuple[str, str]:
-    """What the template writes before and behind the user's next turn."""
-    text = tokenizer.apply_chat_template([*chat, user(_MARK)], tokenize=False, add_generation_prompt=True)
-    before, found, behind = text.rpartition(_MARK)
-    if not found:
-        raise ModelError("the chat template doesn't show what the user says")
-    return before, behind

@@ -36,14 +36,14 @@ def _temperatures(values: tuple[float, ...]) -> None:
 class Shares:
     """How the conversations are divided among the kinds (`turns.py`), relative to their sum."""
 
-    chat: float = 3.0
+    chat: float = 2.5
     seeded: float = 4.0
-    translate: float = 2.0
+    translate: float = 2.5
     summarize: float = 2.0
     passage_qa: float = 2.0
-    question: float = 1.5
-    math: float = 1.5
-    multi: float = 1.0
+    question: float = 2.0
+    math: float = 2.5
+    multi: float = 0.5
 
     def __post_init__(self) -> None:
         _at_least(0, **dataclasses.asdict(self))
@@ -51,25 +51,25 @@ class Shares:
 
 @dataclass(frozen=True)
 class DataRecipe:
-    #: Answer tokens wanted; raising it later adds to what is there.
+    #: Tokens that the model is to write; raising it later adds to what is there.
     tokens: int = _free(3_000_000)
     #: Conversations in a file, which is written whole; what a stopped run can lose.
     shard_conversations: int = 512
-    #: Conversations that are written at once.
+    #: Conversations that are written at once, by each process.
     in_flight: int = 64
+    #: Processes that write, each with its share of the threads.
+    processes: int = _free(1)
     #: Answers are sampled at these in turn, so one that is named twice counts twice; 0 is greedy.
     temperatures: tuple[float, ...] = (0.0, 0.0, 0.7)
     shares: Shares = Shares()
-    max_answer_tokens: int = 192
+    max_answer_tokens: int = 144
     max_prompt_tokens: int = 640
-    #: Memory for the KV cache in MiB.
-    kv_cache_mib: int = _free(2048)
     #: Compile the model with vLLM's compiler, where the provider is vllm: faster, after a minute or two.
     compile: bool = _free(False)
 
     def __post_init__(self) -> None:
         _at_least(1, tokens=self.tokens, shard_conversations=self.shard_conversations, in_flight=self.in_flight)
-        _at_least(1, kv_cache_mib=self.kv_cache_mib)
+        _at_least(1, processes=self.processes)
         _at_least(2, max_answer_tokens=self.max_answer_tokens)
         _at_least(16, max_prompt_tokens=self.max_prompt_tokens)
         _temperatures(self.temperatures)

@@ -20,17 +20,27 @@ _TRACES = {"data": "data/*.jsonl.gz", "features": "features/*.safetensors", "tra
 
 @dataclass(frozen=True)
 class Conversation:
-    """Token ids: `prompt` up to and with the assistant's header, `answer` with the stop token if it came."""
+    """Token ids: `prompt` up to and with the assistant's last header, `answer` with the stop token if it came. Of the
+    prompt the model wrote what begins at `begun`; all from there on is learned from."""
 
     id: int
     kind: str
     temperature: float
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
+    begun: int
 
     def __post_init__(self) -> None:
-        assert self.prompt, self.id
+        assert 1 <= self.begun <= len(self.prompt), self.id
         assert self.answer, self.id
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+    @property
+    def learned(self) -> int:
+        """Tokens that are learned from."""
+        return len(self) - self.begun
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def run(work: Work, recipe: Recipe, say: Callable[[str], None]) -> None:
         vocabulary = settle(work, recipe.train.draft_vocab, target, features, before)
         say(
             f"{len(learned_from):,} conversations to learn from, {len(held_out)} held out; "
-            f"{len(vocabulary.target_token_ids):,} draft tokens, {vocabulary.coverage:.2%} of the answers' tokens"
+            f"{len(vocabulary.target_token_ids):,} draft tokens, {vocabulary.coverage:.2%} of the written tokens"
         )
         head = DraftHead(
             target.head_config, len(vocabulary.target_token_ids), target.config.max_position + recipe.train.ttt_steps

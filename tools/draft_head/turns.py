@@ -1,143 +1,119 @@
-"""What the user turns ask for: one script a kind of conversation.
+"""What the conversations are about: a plan for each kind, made of parts that are given and parts that the model writes.
 
-A script is a generator that yields what the model is to write next and gets its text back; at its end it returns the
-chat that is to be answered. It decides from its own random numbers alone, so that a conversation can be written again.
-All instructions here are our own words; everything else, topics included, the model writes.
+A plan is settled before anything is written and follows from its random numbers alone, so that a conversation can be
+written again. All instructions here are our own words; everything else, topics and passages included, the model
+writes where it stands: a passage is part of the very turn that asks about it, so nothing is read twice.
 """
 
 from __future__ import annotations
 
 import random
-import re
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 
 from tools.draft_head import wording
 
-Chat = tuple[dict[str, str], ...]
+
+class Speaker(Enum):
+    USER = "user"
+    ASSISTANT = "assistant"
+
+
+class Until(Enum):
+    """Where a part ends, but for the turn's end and its limit, which every part has."""
+
+    TURN = "the turn's end"
+    LINE = "before a line break"
+    QUESTION = "behind a question mark"
 
 
 @dataclass(frozen=True)
-class Turn:
-    """The user's next turn after `chat`, begun with `begun`. The answer to it is the whole turn."""
+class Part:
+    """`given`, then up to `tokens` tokens of the model's. Parts of one speaker in a row are one turn."""
 
-    begun: str = ""
-    chat: Chat = ()
-    tokens: int = 96
-
-
-@dataclass(frozen=True)
-class Reply:
-    """The assistant's reply to `chat`, whose last turn is the user's. It becomes a conversation of its own, of
-    the kind `keep`."""
-
-    chat: Chat
-    tokens: int
-    keep: str
+    speaker: Speaker
+    given: str = ""
+    tokens: int = 0
+    until: Until = Until.TURN
+    #: Written for its variety: names, figures and facts of any kind, as in other people's texts.
+    passage: bool = False
 
 
-Script = Generator[Turn | Reply, str, Chat]
+Plan = tuple[Part, ...]
+
+#: Tokens of the last answer of a plan; the recipe's limit takes their place.
+_ANSWER = Part(Speaker.ASSISTANT, tokens=1)
 
 
-class RefusedError(Exception):
-    """What the model wrote is of no use for this script; another attempt may be."""
+def _user(given: str, tokens: int = 96, until: Until = Until.TURN, *, passage: bool = False) -> Part:
+    return Part(Speaker.USER, given, tokens, until, passage)
 
 
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
-
-
-def chat(_: random.Random, __: int) -> Script:
+def chat(_: random.Random, __: int) -> Plan:
     """A turn sampled freely from the chat template (Xu et al. 2024, Magpie, arXiv 2406.08464)."""
-    return (user((yield Turn())),)
+    return (_user(""), _ANSWER)
 
 
-def seeded(draw: random.Random, _: int) -> Script:
+def seeded(draw: random.Random, _: int) -> Plan:
     """A turn that goes on from a few words."""
-    return (user((yield Turn(draw.choice(wording.SEEDS)))),)
+    return (_user(draw.choice(wording.SEEDS)), _ANSWER)
 
 
-def question(draw: random.Random, _: int) -> Script:
+def question(draw: random.Random, _: int) -> Plan:
     """One short question."""
-    text = yield Turn(draw.choice(wording.QUESTION_SEEDS), tokens=40)
-    return (user(_through_question(text)),)
+    return (_user(draw.choice(wording.QUESTION_SEEDS), 40, Until.QUESTION), _ANSWER)
 
 
-def math(draw: random.Random, _: int) -> Script:
+def math(draw: random.Random, _: int) -> Plan:
     """A word problem, without the solution that a small model likes to add."""
-    text = yield Turn(draw.choice(wording.MATH_SEEDS), tokens=128)
-    return (user(text.split("\n\n")[0]),)
+    return (_user(draw.choice(wording.MATH_SEEDS), 112, Until.LINE), _ANSWER)
 
 
-def translate(draw: random.Random, _: int) -> Script:
+def translate(draw: random.Random, _: int) -> Plan:
     """A sentence that the model writes in another language, because its turn begins in it."""
     language = draw.choice((*wording.STARTS, *["German"] * len(wording.STARTS)))
     begun = draw.choice(wording.TRANSLATE).format(language=language) + draw.choice(wording.STARTS[language])
-    text = yield Turn(begun, tokens=64)
-    return (user(text.split("\n")[0]),)
+    return (_user(begun, 72, Until.LINE), _ANSWER)
 
 
-def summarize(draw: random.Random, room: int) -> Script:
-    passage = yield from _passage(draw, room)
-    return (user(draw.choice(wording.SUMMARIZE).format(passage=passage)),)
+def summarize(draw: random.Random, room: int) -> Plan:
+    before, behind = draw.choice(wording.SUMMARIZE)
+    passage = _passage(draw, _length(draw, room), before)
+    return (passage, _user(behind, 0), _ANSWER) if behind else (passage, _ANSWER)
 
 
-def passage_qa(draw: random.Random, room: int) -> Script:
-    """A passage, and a question that the model asks because its turn begins with the passage."""
-    passage = yield from _passage(draw, room)
-    begun = draw.choice(wording.PASSAGE_QA).format(passage=passage)
-    text = yield Turn(begun + draw.choice(wording.PASSAGE_QUESTION_SEEDS), tokens=40)
-    return (user(begun + _through_question(text[len(begun) :])),)
+def passage_qa(draw: random.Random, room: int) -> Plan:
+    """A passage or a few, and a question that the model asks because its turn goes on so."""
+    before, between = draw.choice(wording.PASSAGE_QA)
+    count = draw.choice((1, 2, 3))
+    passages = [_passage(draw, _length(draw, room) // count, "\n" if number else before) for number in range(count)]
+    question = between + draw.choice(wording.PASSAGE_QUESTION_SEEDS)
+    return (*passages, _user(question, 32, Until.QUESTION), _ANSWER)
 
 
-def multi(draw: random.Random, room: int) -> Script:
+def multi(draw: random.Random, room: int) -> Plan:
     """A second turn after an answer."""
-    first = (user((yield Turn(draw.choice(("", *wording.SEEDS))))),)
-    answer = yield Reply(first, tokens=max(room // 2, 1), keep="chat")
-    before = (*first, assistant(answer))
-    return (*before, user((yield Turn(draw.choice(wording.SECOND_SEEDS), before, tokens=64))))
+    first = _user(draw.choice(("", *wording.SEEDS)))
+    answer = Part(Speaker.ASSISTANT, tokens=max(room // 3, 1))
+    return (first, answer, _user(draw.choice(wording.SECOND_SEEDS), 64), _ANSWER)
 
 
-KINDS: dict[str, Callable[[random.Random, int], Script]] = {
+KINDS: dict[str, Callable[[random.Random, int], Plan]] = {
     "summarize": summarize,
     "passage_qa": passage_qa,
     "multi": multi,
-    "chat": chat,
     "seeded": seeded,
+    "chat": chat,
     "math": math,
     "translate": translate,
     "question": question,
-}  # the longest first: they start first in a shard, so that its end is short
+}  # the longest first: neighbours are written together, and those that take longest start first
 
 
-def _passage(draw: random.Random, room: int) -> Generator[Turn | Reply, str, str]:
-    """One or two texts on a topic that the model names, `room` tokens together at most."""
-    parts = draw.choice((1, 1, 2))
-    room = int(room * draw.choice((0.4, 0.7, 1.0)))
-    form = draw.choice(wording.FORMS)
-    request = yield Turn(f"Write {form} about", tokens=32)
-    request = request.split("\n")[0]
-    texts = [_whole_sentences((yield Reply((user(request),), room // parts, keep="passage")))]
-    if parts == 2:
-        again = request.replace(form, draw.choice(wording.FORMS), 1)
-        texts.append(_whole_sentences((yield Reply((user(again),), room // parts, keep="passage"))))
-    return draw.choice(("\n", "\n\n")).join(texts)
+def _passage(draw: random.Random, room: int, before: str) -> Part:
+    return _user(before + draw.choice(wording.PASSAGE_SEEDS), max(room, 1), passage=True)
 
 
-def _through_question(text: str) -> str:
-    """Up to the first question mark; the first line if there is none."""
-    end = text.find("?")
-    text = text[: end + 1] if end >= 0 else text.split("\n")[0]
-    if len(text) < 8:
-        raise RefusedError
-    return text
-
-
-def _whole_sentences(text: str) -> str:
-    """Without the sentence that the limit cut off, if another one stays."""
-    whole = re.match(r".*[.!?][\"'”)]*(?=\s|$)", text, re.DOTALL)
-    return (whole.group() if whole else text).strip()
+def _length(draw: random.Random, room: int) -> int:
+    return int(room * draw.choice((0.25, 0.4, 0.6, 1.0)))

@@ -1,4 +1,4 @@
-"""The draft vocabulary: the tokens that the head can name, those most frequent in the answers."""
+"""The draft vocabulary: the tokens that the head can name, those most frequent in what the model wrote."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from tools.draft_head.target import TargetParts
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """target_token_ids int64 `[draft_vocab]`, ascending; `coverage` is their part of the answers' tokens."""
+    """target_token_ids int64 `[draft_vocab]`, ascending; `coverage` is their part of the written tokens."""
 
     target_token_ids: torch.Tensor
     coverage: float
 
 
-def count_tokens(answers: Iterable[torch.Tensor], vocab_size: int) -> torch.Tensor:
-    """int64 `[vocab_size]`: how often each token is in the answers, int `[tokens]` each."""
+def count_tokens(texts: Iterable[torch.Tensor], vocab_size: int) -> torch.Tensor:
+    """int64 `[vocab_size]`: how often each token is in the texts, int `[tokens]` each."""
     counts = torch.zeros(vocab_size, dtype=torch.int64)
-    for answer in answers:
-        counts += torch.bincount(answer, minlength=vocab_size)
+    for text in texts:
+        counts += torch.bincount(text, minlength=vocab_size)
     return counts
 
 
@@ -58,8 +58,8 @@ def settle(work: Work, size: int, target: TargetParts, features: Features, befor
     if work.vocabulary.exists() and work.checkpoint.exists():
         return read(work.vocabulary)
     size = min(size, target.config.vocab_size)
-    answers = (features.answer(sample) for sample in features.samples)
-    counts = count_tokens(answers, target.config.vocab_size)
+    texts = (features.written(sample) for sample in features.samples)
+    counts = count_tokens(texts, target.config.vocab_size)
     if before is not None and len(before.target_token_ids) == size:
         vocabulary = of_ids(counts, before.target_token_ids)
     else:

@@ -65,29 +65,33 @@ STARTS = {
     "Portuguese": _entries("O|A|Os|Um|Uma|Eu|Nós|Em|Quando|Hoje|Para"),
     "Dutch": _entries("De|Het|Een|Ik|Wij|In|Er|Na|Voor|Dit"),
 }
-#: What a passage may be.
-FORMS = (
-    "a news article",
-    "a newspaper report",
-    "a local news story",
-    "an encyclopedia article",
-    "a short biography",
-    "a sports report",
-    "a factual paragraph",
-    "a dialogue",
-    "a detailed article",
-    "a story",
+#: How passages begin: news, encyclopedia, biography, sports, science, places, tales.
+PASSAGE_SEEDS = _entries(
+    """
+    LONDON -|NEW YORK (AP) -|WASHINGTON -|By|A man|A woman|Two|Police|The family of|A court|Scientists|Researchers at|
+    The government|The president|Hundreds of|A new study|It was|When|After|He was|She was|In|In 19|In 20|On Monday|
+    On Saturday|Last week|Last year|For years|According to|Officials|A former|The company|One of the|More than|Nearly|
+    With|As|At the|From|During the|By the|The|The first|The city of|The history of|The name|The term|The film|The song|
+    The series|The novel|The band|The album|The team|The game|The match|The season|The World|The United States|
+    The British|The German|The French|The Roman|The National|The University of|The river|The island|The war|
+    The battle of|The constitution|The human|The heart|The theory of|The population of|The economy of|The main|
+    The oldest|The largest|King|Queen|Sir|Dr.|Saint|Lake|Mount|San|North|South|John|James|William|Robert|David|Michael|
+    Thomas|George|Mary|Anna|Elizabeth|Maria|Charles|Henry|Paul|Peter|Alexander|Manchester|Chicago|California|India|
+    China|Africa|Australia|Canada|Germany|Japan|Mexico|Italy|Texas|Paris|A|An|There|This|It|They|We|I|My
+    """
 )
-SUMMARIZE = ("Summarize: {passage}",) * 4 + (
-    "Summarize the following text.\n\n{passage}",
-    "{passage}\n\nSummarize the text above in a few sentences.",
-    "Write a short summary of this article:\n{passage}",
-    "What are the main points of the following?\n\n{passage}",
+#: What stands before a passage, and what behind it.
+SUMMARIZE = (("Summarize: ", ""),) * 5 + (
+    ("Summarize the following text.\n\n", ""),
+    ("", "\n\nSummarize the text above in a few sentences."),
+    ("Write a short summary of this article:\n", ""),
+    ("What are the main points of the following?\n\n", ""),
 )
-PASSAGE_QA = ("{passage}\n",) * 3 + (
-    "Answer the question from the passage.\n\n{passage}\n\nQuestion: ",
-    "{passage}\n\nQuestion: ",
-    "Read the text and answer the question.\n{passage}\n",
+#: What stands before the passages, and what between the last one and the question.
+PASSAGE_QA = (("", "\n"),) * 4 + (
+    ("Answer the question from the passage.\n\n", "\n\nQuestion: "),
+    ("", "\n\nQuestion: "),
+    ("Read the text and answer the question.\n", "\n"),
 )
 PASSAGE_QUESTION_SEEDS = (
     "Who",
