@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
             "engine.max_batch": options.in_flight,
         }
     )
-    questions = [json.loads(line) for line in options.prompts.read_text(encoding="utf-8").splitlines()][: options.limit]
+    lines = options.prompts.read_text(encoding="utf-8").splitlines()[:: options.every]
+    questions = [json.loads(line) for line in lines[: options.limit]]
     tokenizer = AutoTokenizer.from_pretrained(locate_model(options.model))
 
     def encode(turn: str) -> tuple[int, ...]:
@@ -155,7 +156,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--provider", default="vllm", choices=["vllm", "reference"])
     parser.add_argument("--tree", action="append", help="may be repeated; default: chain:3 and default")
     parser.add_argument("--prompts", type=Path, default=PROMPTS, help="a Spec-Bench file")
-    parser.add_argument("--limit", type=int, default=40, help="the first prompts of the file")
+    parser.add_argument("--limit", type=int, default=40, help="the first prompts of the file (%(default)s)")
+    parser.add_argument("--every", type=int, default=1, help="take every so many of the file, which is in categories")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, action="append", help="may be repeated; default: 0, greedy")
     parser.add_argument("--draft-noise", default="on", choices=["on", "off", "both"])
