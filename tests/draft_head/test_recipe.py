@@ -105,7 +105,6 @@ def test_conversations_survive_the_file_and_give_the_same_bytes(tmp_path: Path) 
 def test_the_conversations_that_come_along_are_those_of_the_recipe(tmp_path: Path) -> None:
     paths = sorted((RECIPES.parent / "conversations").glob("*.gz"))
     work = Work(tmp_path)
-    assert [path.name for path in paths] == [work.data_shard(index).name for index in range(len(paths))]
     entries = [entry for path in paths for entry in work.open_conversations(path)]
     shipped = recipes.load(RECIPES / "shipped.yaml")
     assert sum(entry.learned for entry in entries) >= shipped.data.tokens

@@ -72,7 +72,7 @@ def _training(work: Work, settings: TrainRecipe) -> str:
     covered = ""
     if work.vocabulary.exists():
         with safe_open(work.vocabulary, framework="pt") as file:
-            covered = f" The draft vocabulary has {float(file.metadata()['coverage']):.2%} of their tokens."
+            covered = f" The draft vocabulary has {float(file.metadata()['coverage']):.2%} of the written tokens."
     return (
         f"Soft targets over the draft vocabulary; training-time test of {settings.ttt_steps} steps, each weighing "
         f"{settings.ttt_decay:g} of the one before; AdamW at {settings.learning_rate:g} with a warm-up of "

@@ -94,7 +94,7 @@ class DraftHead(nn.Module):
             yield weights.normed(hidden, weights.norm)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.view(x.shape[0], -1, self.config.head_dim)
+        return x.view(x.shape[0], x.shape[1] // self.config.head_dim, self.config.head_dim)  # of no rows, too
 
     def _rotary_table(self, like: torch.Tensor) -> RotaryTable:
         key = like.device, like.dtype
