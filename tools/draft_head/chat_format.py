@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,3 @@ class ChatFormat:
         ids = range(len(self.tokenizer))
         texts = self.tokenizer.batch_decode([[one] for one in ids], clean_up_tokenization_spaces=False)
         return frozenset(one for one, text in zip(ids, texts, strict=True) if any(c in text for c in characters))
-
-    def text(self, token_ids: Iterable[int]) -> str:
-        text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text

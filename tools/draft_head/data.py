@@ -31,6 +31,8 @@ Say = Callable[[str], None]
 
 #: Tokens of a prompt that are kept free beside a passage: for the template, the instruction and a question.
 _AROUND = 80
+#: Seconds for a process to end that was told to.
+_END_S = 10.0
 
 
 def run(work: Work, recipe: Recipe, say: Say) -> None:
@@ -53,6 +55,7 @@ def run(work: Work, recipe: Recipe, say: Say) -> None:
     finally:
         for other in others:
             other.terminate()
+            other.join(_END_S)
     failed = [other.exitcode for other in others if other.exitcode]
     if failed:
         raise ConfigError(f"data.processes: {len(failed)} of them failed, with exit code {failed[0]}; see above")
