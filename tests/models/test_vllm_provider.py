@@ -136,7 +136,7 @@ def test_default_draft_head_matches_the_reference() -> None:
     """In the served dtype too: both providers must draft nearly the same."""
     directory, draft_dir = locate_model("default"), locate_draft("default", "default")
     assert draft_dir is not None
-    for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 0.15)):
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
         target, draft = load(directory, draft_dir, dtype)
         assert draft is not None
         tokens = torch.randint(0, 49152, (24,), generator=torch.Generator().manual_seed(5))
@@ -146,7 +146,8 @@ def test_default_draft_head_matches_the_reference() -> None:
 def check_draft(
     target: TargetModel, draft: DraftModel, draft_dir: Path, model_dir: Path, tokens: torch.Tensor, tolerance: float
 ) -> None:
-    """One pass over verified tokens, then one over a drafted child, against `eagle3`."""
+    """One pass over verified tokens, then one over a drafted child, against `eagle3`. `tolerance` is that of the whole
+    difference, relative to the whole: of thousands of entries in bfloat16 there is always one that is far off."""
     dtype = target.spec.kv.dtype
     embedding = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).get_input_embeddings().weight.data
     reference = load_eagle3(draft_dir, target.spec, embedding, CPU, dtype)
@@ -162,7 +163,7 @@ def check_draft(
         child = torch.tensor([7, 11]), recurrent[-2:], torch.tensor([len(tokens), len(tokens)])
         results.append((fused, head.logits(normed), recurrent, head.logits(head.forward(*child, attention)[0])))
     for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+        assert torch.dist(ours.float(), theirs.float()) <= tolerance * theirs.float().norm()
 
 
 @pytest.fixture
@@ -201,7 +202,7 @@ def test_draft_head_matches_the_reference(model_dir: Path, tmp_path: Path, forma
     head_dir = save_head(tmp_path / "head", config, tensors)
     target, draft = load(model_dir, head_dir)
     assert draft is not None
-    check_draft(target, draft, head_dir, model_dir, TOKENS, 1e-4)
+    check_draft(target, draft, head_dir, model_dir, TOKENS, 1e-5)
 
 
 @torch.no_grad()
