@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import tiny_chat
 import torch
 from safetensors.torch import load_file
 from tiny_chat import save_chat_model
@@ -20,7 +21,9 @@ from branchline.engine.tree_spec import parse_tree
 from tools.draft_head import data, features, recipe
 from tools.draft_head.chat_format import ChatFormat
 from tools.draft_head.recipe import DataRecipe, Recipe
+from tools.draft_head.segments import Segment, Voice
 from tools.draft_head.store import Conversation, Work
+from tools.draft_head.writer import LOOP_TOKENS, Order, Writer
 
 pytestmark = pytest.mark.models
 
@@ -111,8 +114,9 @@ def test_answers_are_the_models_own(finished: Work, tiny: Recipe) -> None:
     models = load(tiny)
     greedy = [one for one in conversations(finished) if one.temperature == 0.0]
     assert {one.kind for one in greedy} >= {"summarize", "chat"}
+    ends = models.target.spec.eos_token_ids
     requests = [
-        Request(str(one.id), one.prompt, 24, SamplingParams(), stop_token_ids=models.target.spec.eos_token_ids)
+        Request(str(one.id), one.prompt, max(24, len(one.answer)), SamplingParams(), stop_token_ids=ends)
         for one in greedy
     ]
     config = Config().override(**{"engine.kv_cache_mib": 8, "engine.max_model_len": 512})
@@ -124,6 +128,21 @@ def load(tiny: Recipe) -> Models:
     settings = {"model.model": tiny.model, "model.provider": "reference", "model.dtype": "float32"}
     settings |= {"model.draft": "none", "model.tree": "none", "model.device": "cpu"}
     return assemble(Config().override(**settings))[0]
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_nobody_goes_on_from_what_repeats_itself(tiny: Recipe, answer: bool) -> None:
+    """An answer that does is the last one; a user turn that does is no turn."""
+    others = frozenset(range(tiny_chat.VOCAB)) - {7}
+    loop = Segment((3, 4), 100, Voice(1.0), frozenset(), banned=others, answer=answer)
+    rest = Segment((5,), 4, Voice(0.0), frozenset(), answer=True)
+    writer = Writer(features.load_for_features(tiny, silent), (3,), 2, lambda _: True)
+    writer.submit(Order("looped", (loop, rest), "seed"))
+    ended = []
+    while writer.busy:
+        ended += [(written.tokens, written.answer) for written in writer.step()]
+    assert ended == ([((3, 4, *[7] * LOOP_TOKENS), 2)] if answer else [])
+    assert writer.dropped == (0 if answer else 1)
 
 
 def test_features_are_kept_as_they_would_be_computed(finished: Work, tiny: Recipe) -> None:

@@ -81,6 +81,21 @@ def test_a_question_about_passages_follows_them() -> None:
         assert plan[-2].until is Until.QUESTION
 
 
+@pytest.mark.parametrize("kind", ["summarize", "passage_qa"])
+def test_where_there_is_room_more_is_asked_about_passages(kind: str) -> None:
+    room, asked = 1000, set()
+    for seed in range(60):
+        plan = KINDS[kind](random.Random(seed), room)
+        assert (
+            sum(part.tokens for part in plan) <= room + 32 + 1
+        )  # a first question, and what the recipe's limit is for
+        answers = [place for place, part in enumerate(plan) if part.speaker is Speaker.ASSISTANT]
+        assert all(not part.passage for part in plan[answers[0] :])
+        assert all(plan[place - 1].until is Until.QUESTION for place in answers[1:])
+        asked.add(len(answers))
+    assert asked == {1, 2, 3}
+
+
 def test_the_wording_has_no_gaps() -> None:
     lists = (wording.SEEDS, wording.QUESTION_SEEDS, wording.MATH_SEEDS, wording.PASSAGE_SEEDS, *wording.STARTS.values())
     for entries in lists:

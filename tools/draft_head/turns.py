@@ -8,7 +8,7 @@ writes where it stands: a passage is part of the very turn that asks about it, s
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -79,17 +79,19 @@ def translate(draw: random.Random, _: int) -> Plan:
 
 def summarize(draw: random.Random, room: int) -> Plan:
     before, behind = draw.choice(wording.SUMMARIZE)
-    passage = _passage(draw, _length(draw, room), before)
-    return (passage, _user(behind, 0), _ANSWER) if behind else (passage, _ANSWER)
+    more = _follow_ups(draw, room)
+    passage = _passage(draw, _length(draw, room - _room(more)), before)
+    return (passage, *((_user(behind, 0),) if behind else ()), *more, _ANSWER)
 
 
 def passage_qa(draw: random.Random, room: int) -> Plan:
     """A passage or a few, and a question that the model asks because its turn goes on so."""
     before, between = draw.choice(wording.PASSAGE_QA)
     count = draw.choice((1, 2, 3))
-    passages = [_passage(draw, _length(draw, room) // count, "\n" if number else before) for number in range(count)]
-    question = between + draw.choice(wording.PASSAGE_QUESTION_SEEDS)
-    return (*passages, _user(question, 32, Until.QUESTION), _ANSWER)
+    more = _follow_ups(draw, room)
+    length = _length(draw, room - _room(more)) // count
+    passages = [_passage(draw, length, "\n" if number else before) for number in range(count)]
+    return (*passages, _question(draw, between), *more, _ANSWER)
 
 
 def multi(draw: random.Random, room: int) -> Plan:
@@ -113,6 +115,24 @@ KINDS: dict[str, Callable[[random.Random, int], Plan]] = {
 
 def _passage(draw: random.Random, room: int, before: str) -> Part:
     return _user(before + draw.choice(wording.PASSAGE_SEEDS), max(room, 1), passage=True)
+
+
+def _question(draw: random.Random, before: str = "") -> Part:
+    """About the passages of a chat."""
+    return _user(before + draw.choice(wording.PASSAGE_QUESTION_SEEDS), 32, Until.QUESTION)
+
+
+def _follow_ups(draw: random.Random, room: int) -> Plan:
+    """An answer and another question, up to twice, in at most half of the room: answers cost less than passages."""
+    pairs = [(Part(Speaker.ASSISTANT, tokens=128), _question(draw)) for _ in range(draw.choice((0, 1, 2)))]
+    while pairs and len(pairs) * _room(pairs[0]) > room // 2:
+        pairs.pop()
+    return tuple(part for pair in pairs for part in pair)
+
+
+def _room(parts: Sequence[Part]) -> int:
+    """Tokens that they can take, roughly: the template's and the instructions' are counted as eight for each."""
+    return sum(part.tokens + 8 for part in parts)
 
 
 def _length(draw: random.Random, room: int) -> int:

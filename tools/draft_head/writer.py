@@ -168,7 +168,7 @@ class Writer:
         said = sequence.tokens[sequence.start :]
         looped = loops(said)
         over = ends or drawn in segment.through or len(said) >= segment.limit
-        if sequence.is_last:
+        if sequence.is_last or (looped and segment.answer):  # nobody goes on from an answer that loops
             return not (over or looped)
         if looped or (over and not said):
             return self._drop(sequence)
