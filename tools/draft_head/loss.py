@@ -1,14 +1,14 @@
 """How far a draft is from the target: cross-entropy against the target's own probabilities, over the draft vocabulary.
 
-The product with the head's rows is most of the work of training, and its `[rows, draft_vocab]` results are what would
-fill the memory. So loss and gradient are computed together, some rows at a time, and only the gradients are kept: those
-of the states and of the head's weights.
+The product with the head's output rows is most of the work of training, and its `[rows, draft_vocab]` results are what
+would fill the memory. So the loss and its gradients are computed together, some rows at a time, in buffers that are
+used again: fresh memory of that size takes a CPU about as long as what is computed in it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -33,58 +33,70 @@ class StepTargets:
 
 @dataclass(frozen=True)
 class StepLoss:
-    """Sums over the rows that are learned from: `loss` takes part in the gradient. `value` and `agreed` are the loss
-    and the number of rows whose first choice is the target's, None if they were not asked for."""
+    """Of the rows that are learned from: the sum of their losses, and how often their first choice is the target's."""
 
-    loss: torch.Tensor
-    value: torch.Tensor | None
-    agreed: torch.Tensor | None
+    value: torch.Tensor
+    agreed: torch.Tensor
 
 
-def soft_cross_entropy(
-    states: torch.Tensor, weight: torch.Tensor, targets: StepTargets, *, measure: bool = True
-) -> StepLoss:
-    """states `[rows, hidden_size]`, in the dtype to compute in; weight `[draft_vocab, hidden_size]`.
+class OutputRows:
+    """The head's output rows as they are computed with, and the gradient of their parameter. Not thread-safe.
 
-    Without `measure`, `loss` is right in its gradient only, and its value is zero: telling it takes a few more passes
-    over the logits.
+    parameter float32 `[draft_vocab, hidden_size]`; `dtype` is that of the products.
     """
-    loss, value, agreed = _SoftCrossEntropy.apply(states, weight, targets, measure)  # type: ignore[no-untyped-call]
-    return StepLoss(loss, value if measure else None, agreed if measure else None)
 
+    def __init__(self, parameter: torch.Tensor, dtype: torch.dtype) -> None:
+        vocab, device = len(parameter), parameter.device
+        self._parameter = parameter
+        self._weight = torch.empty(parameter.shape, dtype=dtype, device=device)
+        # Every product reads its right factor in a line, which is faster than what it costs to turn it once a step.
+        self._turned = torch.empty(parameter.shape[::-1], dtype=dtype, device=device)
+        self._product = torch.empty_like(self._weight)
+        self._logits, self._guessed = torch.empty((2, ROWS, vocab), dtype=dtype, device=device)
+        #: float32 `[draft_vocab, hidden_size]`: the sum of what `learn` has found since `begin`.
+        self.gradient = torch.zeros_like(parameter)
 
-class _SoftCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        states, weight, targets, measure = args
-        cast = weight.to(states.dtype)
+    @torch.no_grad()
+    def begin(self) -> None:
+        """To be called when the parameter has changed."""
+        self._weight.copy_(self._parameter)
+        self._turned.copy_(self._weight.T)
+        self.gradient.zero_()
+
+    @torch.no_grad()
+    def learn(self, states: torch.Tensor, targets: StepTargets, scale: torch.Tensor | float) -> torch.Tensor:
+        """The gradient of `scale` times the sum of the rows' losses by the states, `[rows, hidden_size]`, in the dtype
+        of the products; that by the output rows is added to `gradient`."""
+        gradient = torch.empty_like(states)
+        shares = (targets.learned * scale).to(states.dtype)[:, None]
+        for rows, logits in self._logits_of(states):
+            guessed = torch.softmax(logits, -1, out=self._guessed[: len(logits)])
+            guessed.sub_(targets.probabilities[rows])
+            gradient[rows] = (guessed @ self._weight) * shares[rows]
+            product = torch.mm(guessed.T, states[rows] * shares[rows], out=self._product)
+            # In pieces, for there is a copy in between, in float32: a small one has been allocated before.
+            for sum_, part in zip(self.gradient.split(ROWS), product.split(ROWS), strict=True):
+                sum_ += part
+        return gradient
+
+    @torch.no_grad()
+    def measure(self, states: torch.Tensor, targets: StepTargets) -> StepLoss:
+        """Takes as long again as the first half of `learn`."""
         learned = targets.learned
-        wanted = any(ctx.needs_input_grad)
-        grad_states = torch.empty_like(states)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         value = torch.zeros((), dtype=torch.float32, device=states.device)
         agreed = torch.zeros((), dtype=torch.int64, device=states.device)
-        for start in range(0, len(states), ROWS):
-            rows = slice(start, start + ROWS)
-            wished, mask = targets.probabilities[rows], learned[rows, None]
-            logits = states[rows] @ cast.T
-            guessed = torch.softmax(logits, -1)
-            if measure:
-                top = logits.argmax(-1, keepdim=True)
-                # The softmax's sum by way of the largest entry, whose probability is the most exact.
-                log_sum = logits.gather(1, top).float() - guessed.gather(1, top).float().log()
-                entropy = log_sum[:, 0] - torch.linalg.vecdot(wished, logits).float()
-                value += (entropy * mask[:, 0]).sum()
-                agreed += ((top[:, 0] == targets.choices[rows]) & mask[:, 0]).sum()
-            if wanted:
-                guessed.sub_(wished)
-                grad_states[rows] = (guessed @ cast) * mask
-                grad_weight += guessed.T @ (states[rows] * mask)
-        ctx.save_for_backward(grad_states, grad_weight)
-        ctx.mark_non_differentiable(value, agreed)
-        return value.clone(), value, agreed
+        for rows, logits in self._logits_of(states):
+            guessed = torch.softmax(logits, -1, out=self._guessed[: len(logits)])
+            top = logits.argmax(-1, keepdim=True)
+            # The softmax's sum by way of the largest entry, whose probability is the most exact.
+            log_sum = logits.gather(1, top).float() - guessed.gather(1, top).float().log()
+            entropy = log_sum[:, 0] - torch.linalg.vecdot(targets.probabilities[rows], logits).float()
+            value += (entropy * learned[rows]).sum()
+            agreed += ((top[:, 0] == targets.choices[rows]) & learned[rows]).sum()
+        return StepLoss(value, agreed)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
-        grad_states, grad_weight = ctx.saved_tensors
-        return grad_states * grads[0].to(grad_states.dtype), grad_weight * grads[0], None, None
+    def _logits_of(self, states: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Part by part, in the buffer: each is gone with the next."""
+        for start in range(0, len(states), ROWS):
+            part = states[start : start + ROWS]
+            yield slice(start, start + ROWS), torch.mm(part, self._turned, out=self._logits[: len(part)])

@@ -9,7 +9,7 @@ import torch
 
 from tools.draft_head.batches import Batch
 from tools.draft_head.head import DraftHead, Rows
-from tools.draft_head.loss import ROWS, StepTargets, soft_cross_entropy
+from tools.draft_head.loss import ROWS, OutputRows, StepTargets
 from tools.draft_head.recipe import TrainRecipe
 from tools.draft_head.target import TargetParts
 
@@ -48,7 +48,12 @@ class Trainer:
         self.head = head.to(device)
         self._recipe, self._device = recipe, device
         self._embedding = target.embedding.to(device, dtype)
-        self._output = target.output[target_token_ids].to(device, dtype)
+        self._output = target.output[target_token_ids].to(device, dtype).T.contiguous()
+        self._rows = OutputRows(head.lm_head.weight, dtype)
+        # The target's, over the draft vocabulary; of its probabilities there are as many as the largest batch had rows.
+        self._logits, self._probabilities = (
+            torch.empty(rows, len(target_token_ids), dtype=dtype, device=device) for rows in (ROWS, 0)
+        )
         entries = torch.full((len(target.embedding),), -1)
         entries[target_token_ids] = torch.arange(len(target_token_ids))
         self._entries = entries.to(device)
@@ -62,8 +67,19 @@ class Trainer:
 
     def learn(self, batch: Batch, rate: float, *, measure: bool) -> torch.Tensor:
         """One optimiser step with a learning rate; returns sums `[steps, 4]`, meaningful if `measure`."""
-        loss, sums = self._loss(self._moved(batch), measure)
-        loss.backward()  # type: ignore[no-untyped-call]
+        moved = self._moved(batch)
+        targets = self._targets(moved)
+        mean = 1.0 / targets[0].learned.sum().clamp(min=1)
+        sums = torch.zeros(len(targets), 4, device=self._device)
+        self._rows.begin()
+        outputs, gradients = [], []
+        for step, states in enumerate(self.head(moved.rows, self._embedding, len(targets))):
+            outputs.append(states)
+            gradients.append(self._rows.learn(states, targets[step], mean * self._recipe.ttt_decay**step))
+            if measure:
+                sums[step] = self._measured(states, targets[step])
+        torch.autograd.backward(outputs, gradients)
+        self.head.lm_head.weight.grad = self._rows.gradient
         torch.nn.utils.clip_grad_norm_(self.head.parameters(), self._recipe.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -74,38 +90,35 @@ class Trainer:
     @torch.no_grad()
     def measure(self, batch: Batch) -> torch.Tensor:
         """Sums `[steps, 4]` of a batch that isn't learned from."""
-        return self._loss(self._moved(batch), True)[1]
+        moved = self._moved(batch)
+        targets = self._targets(moved)
+        self._rows.begin()
+        steps = enumerate(self.head(moved.rows, self._embedding, len(targets)))
+        return torch.stack([self._measured(states, targets[step]) for step, states in steps])
 
-    def _loss(self, batch: Batch, measure: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        steps, rows = self._recipe.ttt_steps, len(batch.hidden)
-        probabilities = self._probabilities(batch.hidden, steps)
-        choices = torch.nn.functional.pad(self._entries[batch.choices], (0, steps), value=-1)
-        total = torch.zeros((), device=self._device)
-        sums = torch.zeros(steps, 4, dtype=torch.float32, device=self._device)
-        share = 1.0
-        for step, states in enumerate(self.head(batch.rows, self._embedding, steps)):
-            # What row r of step k predicts is what row r + k of step 0 does.
-            shifted = slice(step, step + rows)
-            targets = StepTargets(probabilities[shifted], choices[shifted], batch.left > step)
-            result = soft_cross_entropy(states, self.head.lm_head.weight, targets, measure=measure)
-            if step == 0:
-                mean = 1.0 / targets.learned.sum().clamp(min=1)
-            total = total + share * mean * result.loss
-            share *= self._recipe.ttt_decay
-            if result.value is not None and result.agreed is not None:
-                counts = (result.value, targets.learned.sum(), result.agreed, targets.counted.sum())
-                sums[step] = torch.stack([count.float() for count in counts])
-        return total, sums
+    def _measured(self, states: torch.Tensor, targets: StepTargets) -> torch.Tensor:
+        loss = self._rows.measure(states, targets)
+        counts = (loss.value, targets.learned.sum(), loss.agreed, targets.counted.sum())
+        return torch.stack([count.float() for count in counts])
 
     @torch.no_grad()
-    def _probabilities(self, hidden: torch.Tensor, steps: int) -> torch.Tensor:
-        """The target's, over the draft vocabulary, `[rows + steps, draft_vocab]`: the last rows are there to be read by
-        rows that don't count."""
-        result = torch.zeros(len(hidden) + steps, len(self._output), dtype=self._output.dtype, device=self._device)
-        for start in range(0, len(hidden), ROWS):
-            logits = hidden[start : start + ROWS] @ self._output.T
-            torch.softmax(logits, -1, out=result[start : start + len(logits)])
-        return result
+    def _targets(self, batch: Batch) -> list[StepTargets]:
+        """Of each step. What row r of step k predicts is what row r + k of step 0 does, so there are `steps` more rows,
+        to be read by rows that don't count."""
+        steps, rows = self._recipe.ttt_steps, len(batch.hidden)
+        if len(self._probabilities) < rows + steps:
+            self._probabilities = self._probabilities.new_empty(rows + steps, self._probabilities.shape[1])
+        probabilities = self._probabilities
+        for start in range(0, rows, ROWS):
+            part = batch.hidden[start : start + ROWS]
+            logits = torch.mm(part, self._output, out=self._logits[: len(part)])
+            torch.softmax(logits, -1, out=probabilities[start : start + len(logits)])
+        probabilities[rows : rows + steps] = 0
+        choices = torch.nn.functional.pad(self._entries[batch.choices], (0, steps), value=-1)
+        shifts = (slice(step, step + rows) for step in range(steps))
+        return [
+            StepTargets(probabilities[shift], choices[shift], batch.left > step) for step, shift in enumerate(shifts)
+        ]
 
     def _moved(self, batch: Batch) -> Batch:
         def moved(tensor: torch.Tensor) -> torch.Tensor:
