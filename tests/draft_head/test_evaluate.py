@@ -63,6 +63,9 @@ def test_it_leaves_figures_a_tree_a_card_and_checksums(work: Work, recipe: Recip
     plain = report.run_of(evaluation, "none", 0.0)
     assert (plain["acceptance_length"], plain["to_plain"]) == (1.0, 1.0)
     assert set(plain["by_category"]) == {"a", "b"}
+    assert evaluation["foreseen"]["prompts"] == 7
+    foreseen = [(run["tree"], run["temperature"]) for run in evaluation["foreseen"]["runs"]]
+    assert foreseen == [(tree, heat) for tree in ("chain:2", "best:2", "best:6") for heat in (0.0, 0.7)]
     assert all(run["tokens"] <= 7 * 11 for run in evaluation["runs"] if run["temperature"] != "all")
     assert not (work.root / partial.PARTIAL).exists()
 
@@ -87,6 +90,7 @@ def test_it_leaves_figures_a_tree_a_card_and_checksums(work: Work, recipe: Recip
 
 def test_a_stopped_one_goes_on_where_it_was(work: Work, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounds, "PART", 2)
+    monkeypatch.setattr(rounds, "TOGETHER", 2)
     whole = Work(work.root.parent / "whole")
     (whole.root).mkdir()
     (whole.head).symlink_to(work.head.resolve())
@@ -102,7 +106,7 @@ def test_a_stopped_one_goes_on_where_it_was(work: Work, recipe: Recipe, monkeypa
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Partial, "_save", stopping)
-    for parts in (1, 2, 3, 4):  # of 4 to probe at each temperature, and 4 to measure
+    for parts in (1, 2, 3, 4):  # of 4 to foresee at each temperature, and 4 to measure
         left = parts
         with pytest.raises(KeyboardInterrupt):
             evaluate.run(work, recipe, _silent)
@@ -110,7 +114,7 @@ def test_a_stopped_one_goes_on_where_it_was(work: Work, recipe: Recipe, monkeypa
     evaluate.run(work, recipe, _silent)
     assert left == -2  # only what was left was done
     one, other = (json.loads(each.evaluation.read_text()) for each in (whole, work))
-    assert one["probe"] == other["probe"]
+    assert one["foreseen"] == other["foreseen"]
     assert one["trees"] == other["trees"]
     assert [_timeless(run) for run in one["runs"]] == [_timeless(run) for run in other["runs"]]
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from branchline.engine.tree import StaticTree
-from tools.draft_head.shapes import NodeCounts, Path, expected_length, in_order, probabilities, probe_shape
+from tools.draft_head.shapes import NodeCounts, Path, in_order, probabilities
 
 
 def all_paths(ranks: int, depth: int) -> list[Path]:
@@ -24,7 +24,7 @@ SMALL = all_paths(2, 3)
 
 @st.composite
 def counted(draw: st.DrawFn, nodes: list[Path] = SMALL) -> NodeCounts:
-    """Counts as a probe gives them: at each accepted node at most one child is accepted too."""
+    """Counts as texts give them: at each accepted node at most one child is accepted too."""
     left = {(): draw(st.integers(0, 40))}
     counts: dict[Path, int] = {}
     steps = left[()]
@@ -33,6 +33,10 @@ def counted(draw: st.DrawFn, nodes: list[Path] = SMALL) -> NodeCounts:
         left[path[:-1]] -= counts[path]
         left[path] = counts[path]
     return NodeCounts(steps, counts)
+
+
+def expected_length(nodes: tuple[Path, ...], counts: NodeCounts) -> float:
+    return 1.0 + sum(counts.accepted[path] for path in nodes) / max(counts.steps, 1)
 
 
 def is_tree(nodes: tuple[Path, ...]) -> bool:
@@ -68,22 +72,3 @@ def test_a_node_that_was_hardly_reached_is_judged_by_its_rank() -> None:
     counts = NodeCounts(1000, {(0,): 900, (1,): 1, (0, 0): 810, (1, 0): 0})
     chances = probabilities(counts)
     assert chances[1, 0] > 0.5 * chances[1,]
-
-
-def test_counts_of_two_probes_add_up() -> None:
-    total = NodeCounts(4, {(0,): 2}) + NodeCounts(6, {(0,): 3, (1,): 1})
-    assert (total.steps, dict(total.accepted)) == (10, {(0,): 5, (1,): 1})
-
-
-def test_the_probe_is_wide_and_deep() -> None:
-    probe = probe_shape(96, guesses=10)
-    tree = StaticTree("probe", probe)
-    assert tree.num_nodes == 96
-    assert tree.depth >= 6
-    assert tree.guesses >= 8
-    assert StaticTree("narrow", probe_shape(12, guesses=2)).guesses == 2
-    assert len(probe_shape(96, guesses=2, depth=3)) == 2 + 4 + 8  # there are no more
-
-
-def test_the_probe_is_the_best_of_its_size_for_the_chances_that_it_assumes() -> None:
-    assert probe_shape(40, guesses=3) == probe_shape(60, guesses=3)[:40]

@@ -105,6 +105,11 @@ def _figures(evaluation: Mapping[str, Any]) -> Iterator[str]:
         "same file where it has enough. `python -m tools.draft_head evaluate` makes all of these figures."
     )
     yield report.table(evaluation)
+    yield (
+        f"And of the answers to {evaluation['foreseen']['prompts']} other prompts, told from the texts without running "
+        "the trees (the best shapes were sought on these):"
+    )
+    yield report.foreseen_table(evaluation)
     yield f"**The default tree.** {_sentence(report.verdict(evaluation))} The share of forwards by what they accepted:"
     yield _by_depth(evaluation, chosen, temperatures)
     yield f"Acceptance length by category with `{chosen}`:"

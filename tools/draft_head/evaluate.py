@@ -1,8 +1,9 @@
 """How good a head is: acceptance length and tokens per second by tree, and the best static tree for it.
 
-First a wide tree is probed for how often each node is accepted, which gives the best shape for each budget
-(`shapes.py`); then all trees are measured side by side, one request at a time, in turns of a few prompts, so that
-whatever disturbs the machine disturbs all. The tree with the most tokens per second becomes the head's default.
+First it is told from plain decoding's answers what every static tree would accept of them (`foresee.py`), which gives
+the best shape for each budget (`shapes.py`); then all trees are measured side by side, one request at a time, in turns
+of a few prompts, so that whatever disturbs the machine disturbs all. The tree with the most tokens per second becomes
+the head's default.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from branchline.engine.models.locate import locate_model
 from branchline.engine.tree import StaticTree, TreeTopology
 from branchline.engine.tree_spec import TREE_FILE, parse_tree
 from tools.draft_head import card, report
+from tools.draft_head.foresee import Text, node_counts
 from tools.draft_head.partial import Partial, decode_threads, key_of
 from tools.draft_head.questions import read_questions
 from tools.draft_head.recipe import Recipe
 from tools.draft_head.rounds import Rounds
-from tools.draft_head.shapes import NodeCounts, in_order, probabilities
+from tools.draft_head.shapes import in_order, probabilities
 from tools.draft_head.store import Work
 
 Say = Callable[[str], None]
@@ -66,15 +68,14 @@ def _evaluate(work: Work, recipe: Recipe, partial: Partial, say: Say) -> dict[st
     questions, others = read_questions(recipe, model_dir, models.target.spec.max_position, say)
     trees = _configured(recipe, models.draft.spec.draft_vocab_size)
     rounds = Rounds(models, config.engine, recipe, partial, say)
-    counts = rounds.probe(others)
-    total = sum(counts.values(), NodeCounts(0, {}))
-    trees |= _found(recipe, total)
+    texts = rounds.foresee(others)
+    trees |= _found(recipe, [text for told in texts.values() for text in told])
     tallies = rounds.measure(trees, questions)
     return {
         "prompts": len(questions),
         "machine": machine.facts(),
-        "probe": {str(temperature): report.counts(entry) for temperature, entry in counts.items()},
-        "trees": {name: report.shape(tree, total) for name, tree in trees.items()},
+        "foreseen": {"prompts": len(others), "runs": report.foreseen(trees, texts)},
+        "trees": {name: report.shape(tree) for name, tree in trees.items()},
         "runs": report.runs(tallies, recipe.evaluate.temperatures),
     }
 
@@ -89,9 +90,9 @@ def _configured(recipe: Recipe, known: int) -> dict[str, TreeTopology]:
     return trees
 
 
-def _found(recipe: Recipe, probed: NodeCounts) -> dict[str, TreeTopology]:
+def _found(recipe: Recipe, texts: list[Text]) -> dict[str, TreeTopology]:
     """The best static shape for each budget."""
-    order = in_order(probabilities(probed))
+    order = in_order(probabilities(node_counts(texts)))
     trees = (StaticTree(f"{report.BEST}{nodes}", order[:nodes]) for nodes in recipe.evaluate.budgets)
     return {tree.spec: tree for tree in trees}
 

@@ -86,7 +86,7 @@ class DraftHead(nn.Module):
                 base = (context_key, context_value, key, value)
             else:
                 ancestors.append((key, value))
-            attended = _with_ancestors(query, *context_attention(query, *base, rows.spans), ancestors)
+            attended = with_ancestors(query, *context_attention(query, *base, rows.spans), ancestors)
             hidden = hidden + F.linear(attended.flatten(1), weights.output)
             inner = weights.normed(hidden, weights.post_attention_norm)
             gate, up = F.linear(inner, weights.gate_up).chunk(2, -1)
@@ -172,7 +172,7 @@ class _Weights:
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
 
-def _with_ancestors(
+def with_ancestors(
     query: torch.Tensor,
     attended: torch.Tensor,
     log_sum: torch.Tensor,

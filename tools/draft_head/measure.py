@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from branchline.config import EngineConfig
 from branchline.core import Request, SpeculationStats
-from branchline.engine.execute import executor_for
+from branchline.engine.execute import Executor, Tensors, executor_for
 from branchline.engine.models.protocol import Models
 from branchline.engine.offline import HandedOff, Pipeline
 from branchline.engine.tree import TreeTopology
-from tools.draft_head.probe import LengthCounter
+
+Program = Callable[..., Tensors]
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,27 @@ class Tally:
             "by_depth": self.by_depth,
             "by_category": by_category,
         }
+
+
+class LengthCounter:
+    """An Executor that counts iterations by the number of tokens they emit. On the device and without a host read, so
+    that it costs next to nothing where iterations are pipelined."""
+
+    def __init__(self, depth: int, device: torch.device, inner: Executor) -> None:
+        #: int64 `[depth + 2]`; entry 0 counts rows without a request.
+        self._counts = torch.zeros(depth + 2, dtype=torch.int64, device=device)
+        self._inner = inner
+
+    def __call__(self, key: Hashable, program: Program, *inputs: torch.Tensor) -> Tensors:
+        outputs = self._inner(key, program, *inputs)
+        self._counts.index_add_(0, outputs[1], torch.ones_like(outputs[1]))
+        return outputs
+
+    def take(self) -> list[int]:
+        """Iterations that emitted 1, 2, … tokens since the last call."""
+        counts: list[int] = self._counts.tolist()
+        self._counts.zero_()
+        return counts[1:]
 
 
 class Meter(Pipeline):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from branchline.config import CORES_TO_SHARE_OUT, EngineConfig
+from tools.draft_head.foresee import Text
 from tools.draft_head.measure import Tally
 from tools.draft_head.recipe import Recipe, plain
-from tools.draft_head.shapes import NodeCounts
 from tools.draft_head.store import Work
 
 #: In the work directory.
@@ -36,34 +36,35 @@ def decode_threads(recipe: Recipe) -> int:
 
 
 class Partial:
-    """Counts and tallies, saved with each addition. A file of another key is left out of account."""
+    """Texts and tallies, saved with each addition. A file of another key is left out of account."""
 
     def __init__(self, work: Work, key: Mapping[str, Any]) -> None:
         self._work = work
         self._path = path = work.root / PARTIAL
-        self._content: dict[str, Any] = {"key": dict(key), "probe": {}, "measured": 0, "tallies": {}}
+        self._content: dict[str, Any] = {"key": dict(key), "texts": {}, "measured": 0, "tallies": {}}
         if path.exists():
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["key"] == self._content["key"]:
                 self._content = content
 
-    def probed(self, temperature: float) -> int:
-        """Parts that have been probed."""
-        return int(self._content["probe"].get(str(temperature), {"parts": 0})["parts"])
+    def foreseen(self, temperature: float) -> int:
+        """Parts whose answers have been foreseen."""
+        return int(self._content["texts"].get(str(temperature), {"parts": 0})["parts"])
 
-    def counts(self, temperature: float) -> NodeCounts:
-        entry = self._content["probe"].get(str(temperature))
-        if entry is None:
-            return NodeCounts(0, {})
-        return NodeCounts(entry["steps"], {tuple(path): count for path, count in entry["accepted"]})
+    def texts(self, temperature: float) -> list[Text]:
+        entry = self._content["texts"].get(str(temperature), {"told": []})
+        return [
+            Text(category, tuple(tuple(map(int, place)) for place in places.split(",")) if places is not None else ())
+            for category, places in entry["told"]
+        ]
 
-    def add_counts(self, temperature: float, counts: NodeCounts) -> None:
-        total = self.counts(temperature) + counts
-        self._content["probe"][str(temperature)] = {
-            "parts": self.probed(temperature) + 1,
-            "steps": total.steps,
-            "accepted": [[list(path), count] for path, count in total.accepted.items()],
-        }
+    def add_texts(self, temperature: float, texts: Iterable[Text]) -> None:
+        """A part's. A rank is a digit."""
+        entry = self._content["texts"].setdefault(str(temperature), {"parts": 0, "told": []})
+        entry["parts"] += 1
+        for text in texts:
+            places = ",".join("".join(map(str, place)) for place in text.places) if text.places else None
+            entry["told"].append([text.category, places])
         self._save()
 
     @property

@@ -34,7 +34,7 @@ def read_questions(
     recipe: Recipe, model_dir: Path, context: int, say: Callable[[str], None]
 ) -> tuple[list[Question], list[Question]]:
     """Questions to measure with, and others to search tree shapes with, so that a shape isn't measured on the prompts
-    that it was found on; both are the same where the file has too few. A `context` must hold a prompt and its answer.
+    that it was found on; both are the same where the file has no more. A `context` must hold a prompt and its answer.
 
     Raises ConfigError for a file that can't be read.
     """
@@ -64,13 +64,12 @@ def read_questions(
         raise ConfigError(f"evaluate.prompts: {path}: no prompt leaves room for {settings.max_tokens} tokens")
     if left_out := len(questions) - len(fitting):
         say(f"{left_out} of {len(questions)} prompts are too long for a context of {context} tokens and left out")
-    return spread(fitting, settings.limit)
+    measured = spread(fitting, settings.limit)
+    others = [question for question in fitting if question not in measured]
+    return measured, spread(others or measured, settings.foreseen)
 
 
-def spread(items: list[Question], count: int) -> tuple[list[Question], list[Question]]:
-    """`count` items evenly spread, as many that lie between them, or the same if there are none between."""
+def spread(items: list[Question], count: int) -> list[Question]:
+    """At most `count` items, evenly spread."""
     step = max(len(items) / count, 1.0)
-    first = [items[int(index * step)] for index in range(min(count, len(items)))]
-    if step < 2:
-        return first, first
-    return first, [items[int(index * step + step / 2)] for index in range(count)]
+    return [items[int(index * step)] for index in range(min(count, len(items)))]

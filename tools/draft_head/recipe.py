@@ -122,7 +122,7 @@ class TrainRecipe:
 class EvaluateRecipe:
     #: A Spec-Bench file.
     prompts: str = "benchmarks/data/spec_bench_dev.jsonl"
-    #: Prompts of it, spread evenly over the file; as many others are probed for the best shapes.
+    #: Prompts of it, spread evenly over the file, that trees are measured with side by side.
     limit: int = 40
     max_tokens: int = 128
     #: Trees to measure, as `--tree` takes them.
@@ -130,9 +130,11 @@ class EvaluateRecipe:
     #: Nodes for which the best static shape is sought.
     budgets: tuple[int, ...] = (4, 5, 6, 8, 12, 16, 24, 32, 48)
     temperatures: tuple[float, ...] = (0.0, 0.7)
+    #: Other prompts, as evenly spread, whose answers tell which shapes are best.
+    foreseen: int = 120
 
     def __post_init__(self) -> None:
-        _at_least(1, limit=self.limit, max_tokens=self.max_tokens)
+        _at_least(1, limit=self.limit, max_tokens=self.max_tokens, foreseen=self.foreseen)
         if self.budgets:
             _at_least(1, budgets=min(self.budgets))
         _temperatures(self.temperatures)

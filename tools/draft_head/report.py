@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from branchline.engine.tree import StaticTree, TreeTopology
+from tools.draft_head.foresee import DEPTH, GUESSES, Text, accept
 from tools.draft_head.measure import Tally
-from tools.draft_head.shapes import NodeCounts, expected_length
 
 PLAIN = "none"
 #: How the trees are called that the search found.
@@ -18,20 +18,24 @@ BEST = "best:"
 _SPREAD = re.compile(r"\[[\s\d.,\[\]-]*\]")
 
 
-def counts(entry: NodeCounts) -> dict[str, Any]:
-    """The probe's: nodes that were accepted at least once, as `[path, count]`, the most frequent first."""
-    found = sorted(((list(path), count) for path, count in entry.accepted.items() if count), key=lambda pair: -pair[1])
-    return {"nodes": len(entry.accepted), "steps": entry.steps, "accepted": found}
+def foreseen(trees: Mapping[str, TreeTopology], texts: Mapping[float, Sequence[Text]]) -> list[dict[str, Any]]:
+    """One entry a static tree and temperature: what it would accept of the texts."""
+    entries = []
+    for name, tree in trees.items():
+        if isinstance(tree, StaticTree) and tree.num_nodes and tree.depth <= DEPTH and tree.guesses <= GUESSES:
+            for temperature, told in texts.items():
+                figures = accept(told, frozenset(tree.choices)).figures()
+                kept = {key: figures[key] for key in ("acceptance_length", "by_depth", "by_category")}
+                entries.append({"tree": name, "temperature": temperature} | kept)
+    return entries
 
 
-def shape(tree: TreeTopology, probed: NodeCounts) -> dict[str, Any]:
-    """`configured`: what `--tree` takes for it. `expected`: tokens for each forward, by the probe's counts."""
-    facts: dict[str, Any] = {"nodes": tree.num_nodes, "depth": tree.depth}
-    if not isinstance(tree, StaticTree):
-        return facts | {"configured": tree.spec}
-    if probed.accepted.keys() >= set(tree.choices):
-        facts["expected"] = round(expected_length(tree.choices, probed), 4)
-    return facts | {"configured": [list(choice) for choice in tree.choices] or PLAIN}
+def shape(tree: TreeTopology) -> dict[str, Any]:
+    """`configured`: what `--tree` takes for it."""
+    configured: Any = tree.spec
+    if isinstance(tree, StaticTree):
+        configured = [list(choice) for choice in tree.choices] or PLAIN
+    return {"nodes": tree.num_nodes, "depth": tree.depth, "configured": configured}
 
 
 def runs(tallies: Mapping[tuple[str, float], Tally], temperatures: Iterable[float]) -> list[dict[str, Any]]:
@@ -89,6 +93,17 @@ def table(evaluation: Mapping[str, Any]) -> str:
             run = run_of(evaluation, name, temperature)
             row += [f"{run['acceptance_length']:.2f}", f"{run['tokens_per_s']:.1f}", f"{run['to_plain']:.2f}"]
         lines.append(row)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def foreseen_table(evaluation: Mapping[str, Any]) -> str:
+    """Markdown: what the static trees would accept of the other prompts' answers."""
+    temperatures = evaluation["key"]["settings"]["temperatures"]
+    lengths = {(run["tree"], run["temperature"]): run["acceptance_length"] for run in evaluation["foreseen"]["runs"]}
+    head = ["tree", *(f"length at {temperature:g}" for temperature in temperatures)]
+    lines = [head, ["---"] * len(head)]
+    for name in dict.fromkeys(name for name, _ in lengths):
+        lines.append([f"`{name}`", *(f"{lengths[name, temperature]:.2f}" for temperature in temperatures)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

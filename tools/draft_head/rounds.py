@@ -9,21 +9,23 @@ from dataclasses import dataclass
 from branchline.config import EngineConfig
 from branchline.core import Request
 from branchline.engine.models.protocol import Models
+from branchline.engine.offline import Pipeline
 from branchline.engine.tree import StaticTree, TreeTopology
+from tools.draft_head.foresee import Text, foresee
 from tools.draft_head.measure import Meter, Tally
 from tools.draft_head.partial import Partial
-from tools.draft_head.probe import probe
 from tools.draft_head.progress import Progress
 from tools.draft_head.questions import Question
 from tools.draft_head.recipe import Recipe
-from tools.draft_head.shapes import NodeCounts, probe_shape
 
 #: Prompts between two savings, and between two turns of a tree.
 PART = 5
-#: Nodes of the probe: twice the largest budget, within these; guesses for a node; requests that are probed together.
-MIN_PROBE, MAX_PROBE, PROBE_GUESSES, PROBE_BATCH = 96, 200, 10, PART
+#: Prompts that are answered together where nothing is timed.
+TOGETHER = 8
 #: Tokens of the answers that are not measured, before those that are.
 WARM_UP = 16
+
+_PLAIN = StaticTree("none", ())
 
 
 @dataclass(frozen=True)
@@ -36,23 +38,26 @@ class Rounds:
     partial: Partial
     say: Callable[[str], None]
 
-    def probe(self, questions: list[Question]) -> dict[float, NodeCounts]:
-        """How often each node of a wide tree was accepted, by temperature."""
-        settings = self.recipe.evaluate
-        assert self.models.draft is not None
-        nodes = min(max(MIN_PROBE, 2 * max(settings.budgets, default=0)), MAX_PROBE)
-        shape = probe_shape(nodes, min(PROBE_GUESSES, self.models.draft.spec.draft_vocab_size))
-        engine = self._sized(questions, [StaticTree("probe", shape)], PROBE_BATCH)
-        parts = _parts(questions)
-        self.say(f"probing a tree of {len(shape)} nodes with {len(questions)} prompts")
-        done = sum(len(part) for each in settings.temperatures for part in parts[: self.partial.probed(each)])
-        with Progress(len(questions) * len(settings.temperatures), "prompts", self.say, done=done) as progress:
-            for temperature in settings.temperatures:
-                for part in parts[self.partial.probed(temperature) :]:
-                    requests = [request for request, _ in self._requests(part, temperature)]
-                    self.partial.add_counts(temperature, probe(self.models, engine, shape, requests))
+    def foresee(self, questions: list[Question]) -> dict[float, list[Text]]:
+        """What any static tree would accept of the answers, by temperature."""
+        temperatures = self.recipe.evaluate.temperatures
+        engine = self._sized(questions, [_PLAIN], TOGETHER)
+        parts = [questions[start : start + TOGETHER] for start in range(0, len(questions), TOGETHER)]
+        self.say(f"foreseeing the answers to {len(questions)} prompts")
+        done = sum(len(part) for each in temperatures for part in parts[: self.partial.foreseen(each)])
+        with Progress(len(questions) * len(temperatures), "answers", self.say, done=done) as progress:
+            for temperature in temperatures:
+                for part in parts[self.partial.foreseen(temperature) :]:
+                    requests = self._requests(part, temperature)
+                    # A pipeline's caches are freed with it: foreseeing takes room, too.
+                    outputs = Pipeline(self.models, _PLAIN, engine).run([each for each, _ in requests], TOGETHER)
+                    told = [
+                        foresee(self.models, category, request, outputs[request.request_id].token_ids)
+                        for request, category in requests
+                    ]
+                    self.partial.add_texts(temperature, told)
                     progress.add(len(part))
-        return {temperature: self.partial.counts(temperature) for temperature in settings.temperatures}
+        return {temperature: self.partial.texts(temperature) for temperature in temperatures}
 
     def measure(self, trees: Mapping[str, TreeTopology], questions: list[Question]) -> dict[tuple[str, float], Tally]:
         """Each tree's tally, by its name and temperature. The trees take turns, part by part, so that whatever disturbs

@@ -5,7 +5,8 @@ path) over the tree. A node is only there if its parent is, so P never grows fro
 largest P are connected, and no N others have a larger sum. That is all the search there is; one order, the likeliest
 first, serves every budget. Sequoia (Chen et al. 2024, arXiv 2402.12374) takes P for a product of chances by rank and
 searches by dynamic programming; OPT-Tree (Wang et al. 2024, arXiv 2406.17276) gives this argument for the head's own
-probabilities in one step. Here P is counted, node by node.
+probabilities in one step. Here P is counted, node by node
+(`foresee.py`).
 """
 
 from __future__ import annotations
@@ -16,9 +17,6 @@ from dataclasses import dataclass
 #: A node by the ranks of the guesses that lead to it from the root.
 Path = tuple[int, ...]
 
-#: Chances of a guess by its rank, for trees that are made before anything is measured: the first guess is right about
-#: every other time, the others seldom, and none of them never.
-_GUESSED = (0.55, 0.13, 0.07, 0.045, 0.03, 0.022, 0.017, 0.013, 0.01, 0.008)
 #: Acceptances of a parent that weigh as much as what all parents say about a rank: below it, a node's own count is
 #: mostly chance.
 _WEIGHT = 16.0
@@ -26,8 +24,7 @@ _WEIGHT = 16.0
 
 @dataclass(frozen=True)
 class NodeCounts:
-    """How often each node of a tree was on the accepted path in `steps` steps; a node is never there without its
-    parent."""
+    """How often each node was accepted in `steps` steps; a node never is without its parent."""
 
     steps: int
     accepted: Mapping[Path, int]
@@ -38,11 +35,6 @@ class NodeCounts:
 
     def count(self, path: Path) -> int:
         return self.accepted[path] if path else self.steps
-
-    def __add__(self, other: NodeCounts) -> NodeCounts:
-        paths = dict.fromkeys([*self.accepted, *other.accepted])
-        counts = {path: self.accepted.get(path, 0) + other.accepted.get(path, 0) for path in paths}
-        return NodeCounts(self.steps + other.steps, counts)
 
 
 def in_order(probabilities: Mapping[Path, float]) -> tuple[Path, ...]:
@@ -64,26 +56,6 @@ def probabilities(counts: NodeCounts) -> dict[Path, float]:
         result[path] = result[path[:-1]] * own
     del result[()]
     return result
-
-
-def expected_length(nodes: tuple[Path, ...], counts: NodeCounts) -> float:
-    """Tokens a step with a tree of these nodes, as counted: the accepted ones and the model's own."""
-    return 1.0 + sum(counts.accepted[path] for path in nodes) / max(counts.steps, 1)
-
-
-def probe_shape(nodes: int, guesses: int, depth: int = 10) -> tuple[Path, ...]:
-    """A wide and deep tree to measure with: the best one if all heads were as `_GUESSED` says. A node has at most
-    `guesses` children."""
-    chances = _GUESSED[:guesses]
-    found: dict[Path, float] = {}
-    # The best tree of N nodes is within these: each round adds the children of what the last one kept.
-    level: dict[Path, float] = {(): 1.0}
-    for _ in range(depth):
-        level = {(*path, rank): p * chance for path, p in level.items() for rank, chance in enumerate(chances)}
-        found |= level
-        kept = set(in_order(found)[:nodes])
-        level = {path: p for path, p in level.items() if path in kept}
-    return in_order(found)[:nodes]
 
 
 def _by_rank(counts: NodeCounts) -> dict[int, float]:
