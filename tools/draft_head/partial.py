@@ -53,18 +53,13 @@ class Partial:
 
     def texts(self, temperature: float) -> list[Text]:
         entry = self._content["texts"].get(str(temperature), {"told": []})
-        return [
-            Text(category, tuple(tuple(map(int, place)) for place in places.split(",")) if places is not None else ())
-            for category, places in entry["told"]
-        ]
+        return [Text(told["category"], tuple(map(tuple, told["places"]))) for told in entry["told"]]
 
     def add_texts(self, temperature: float, texts: Iterable[Text]) -> None:
-        """A part's. A rank is a digit."""
+        """A part's."""
         entry = self._content["texts"].setdefault(str(temperature), {"parts": 0, "told": []})
         entry["parts"] += 1
-        for text in texts:
-            places = ",".join("".join(map(str, place)) for place in text.places) if text.places else None
-            entry["told"].append([text.category, places])
+        entry["told"] += [asdict(text) for text in texts]
         self._save()
 
     @property

@@ -5,8 +5,7 @@ path) over the tree. A node is only there if its parent is, so P never grows fro
 largest P are connected, and no N others have a larger sum. That is all the search there is; one order, the likeliest
 first, serves every budget. Sequoia (Chen et al. 2024, arXiv 2402.12374) takes P for a product of chances by rank and
 searches by dynamic programming; OPT-Tree (Wang et al. 2024, arXiv 2406.17276) gives this argument for the head's own
-probabilities in one step. Here P is counted, node by node
-(`foresee.py`).
+probabilities in one step. Here P is counted, node by node (`foresee.py`).
 """
 
 from __future__ import annotations
