@@ -75,7 +75,7 @@ class OutputRows:
             gradient[rows] = (guessed @ self._weight) * shares[rows]
             product = torch.mm(guessed.T, states[rows] * shares[rows], out=self._product)
             # In pieces, for there is a copy in between, in float32: a small one has been allocated before.
-            for sum_, part in zip(self.gradient.split(ROWS), product.split(ROWS), strict=True):
+            for sum_, part in zip(torch.split(self.gradient, ROWS), torch.split(product, ROWS), strict=True):
                 sum_ += part
         return gradient
 
