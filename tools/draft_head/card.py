@@ -127,14 +127,10 @@ def _by_depth(evaluation: Mapping[str, Any], tree: str, temperatures: list[float
     for temperature in temperatures:
         shares = report.run_of(evaluation, tree, temperature)["by_depth"]
         rows.append([f"{temperature:g}", *(f"{share:.3f}" for share in shares)])
-    return _table(head, rows)
+    return report.markdown(head, rows)
 
 
 def _by_category(evaluation: Mapping[str, Any], tree: str, temperatures: list[float]) -> str:
     found = [report.run_of(evaluation, tree, temperature)["by_category"] for temperature in temperatures]
     head = ["category", *(f"at {temperature:g}" for temperature in temperatures)]
-    return _table(head, [[name, *(f"{lengths[name]:.2f}" for lengths in found)] for name in found[0]])
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+    return report.markdown(head, [[name, *(f"{lengths[name]:.2f}" for lengths in found)] for name in found[0]])

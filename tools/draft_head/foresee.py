@@ -3,7 +3,7 @@
 A node of a static tree is the head's guess of some rank behind the path that leads to it, and it is accepted if it is
 the token that plain decoding says there; at any temperature, since what is drawn for a place, by target and head,
 depends on the place alone. So the head drafts along each text, and the ranks that it gives the tokens that did follow
-tell, without running it, what every static tree would have accepted.
+tell, without running it, what every static tree would have accepted; in 16 bits but for near-ties.
 """
 
 from __future__ import annotations

@@ -86,14 +86,14 @@ def table(evaluation: Mapping[str, Any]) -> str:
     temperatures = evaluation["key"]["settings"]["temperatures"]
     head = ["tree", "nodes", "depth"]
     head += [f"{what} at {t:g}" for t in temperatures for what in ("length", "tokens/s", "x plain")]
-    lines = [head, ["---"] * len(head)]
+    rows = []
     for name, tree in evaluation["trees"].items():
         row = [f"`{name}`", str(tree["nodes"]), str(tree["depth"])]
         for temperature in temperatures:
             run = run_of(evaluation, name, temperature)
             row += [f"{run['acceptance_length']:.2f}", f"{run['tokens_per_s']:.1f}", f"{run['to_plain']:.2f}"]
-        lines.append(row)
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        rows.append(row)
+    return markdown(head, rows)
 
 
 def foreseen_table(evaluation: Mapping[str, Any]) -> str:
@@ -101,10 +101,12 @@ def foreseen_table(evaluation: Mapping[str, Any]) -> str:
     temperatures = evaluation["key"]["settings"]["temperatures"]
     lengths = {(run["tree"], run["temperature"]): run["acceptance_length"] for run in evaluation["foreseen"]["runs"]}
     head = ["tree", *(f"length at {temperature:g}" for temperature in temperatures)]
-    lines = [head, ["---"] * len(head)]
-    for name in dict.fromkeys(name for name, _ in lengths):
-        lines.append([f"`{name}`", *(f"{lengths[name, temperature]:.2f}" for temperature in temperatures)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    names = dict.fromkeys(name for name, _ in lengths)
+    return markdown(head, [[f"`{name}`", *(f"{lengths[name, heat]:.2f}" for heat in temperatures)] for name in names])
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
 def verdict(evaluation: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from tools.draft_head.partial import Partial
 from tools.draft_head.progress import Progress
 from tools.draft_head.questions import Question
 from tools.draft_head.recipe import Recipe
+from tools.draft_head.report import PLAIN
 
 #: Prompts between two savings, and between two turns of a tree.
 PART = 5
@@ -25,7 +26,7 @@ TOGETHER = 8
 #: Tokens of the answers that are not measured, before those that are.
 WARM_UP = 16
 
-_PLAIN = StaticTree("none", ())
+_PLAIN = StaticTree(PLAIN, ())
 
 
 @dataclass(frozen=True)
