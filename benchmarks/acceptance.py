@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import time
 from collections import defaultdict
@@ -32,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from transformers import AutoTokenizer
 
+    from benchmarks import machine
     from branchline.config import Config
     from branchline.core import Request, SamplingParams
     from branchline.engine.assemble import assemble
@@ -68,10 +70,12 @@ def main(argv: list[str] | None = None) -> int:
 
     categories = {str(question["question_id"]): question["category"] for question in questions}
     report: dict[str, Any] = {
-        "command": "python -m benchmarks.acceptance " + " ".join(sys.argv[1:] if argv is None else argv),
+        "command": shlex.join(["python", "-m", "benchmarks.acceptance", *(sys.argv[1:] if argv is None else argv)]),
         "prompts": len(prompts),
         "prompt_tokens": sum(map(len, prompts.values())),
         "max_tokens": options.max_tokens,
+        "dtype": options.dtype,
+        "machine": machine.facts(),
         "runs": [],
     }
     head = locate_draft(options.draft, options.model)
@@ -79,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         for temperature in options.temperature or [0.0]:
             for noise in (True, False) if options.draft_noise == "both" else (options.draft_noise == "on",):
                 with drafting_noise(noise):
-                    topology = resolve_tree(tree, head)
+                    topology = resolve_tree(tree, lambda: head)
                     result = measure(
                         models, topology, config.engine, requests(temperature), categories, options.in_flight
                     )

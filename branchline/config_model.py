@@ -23,8 +23,8 @@ class ModelConfig:
     dtype: str = "bfloat16"
     provider: str = "vllm"
     device: str = "auto"
-    #: `none`, `chain:K`, `static:FILE`, `dynamic:DEPTH,TOPK,NODES`, an inline list of choices, or `default` for the
-    #: shipped tree.
+    #: `none`, `chain:K`, `static:FILE`, `dynamic:DEPTH,TOPK,NODES`, an inline list of choices; or what the draft head
+    #: brings: `best:N` and `default`.
     tree: str = "default"
 
     def __post_init__(self) -> None:

@@ -41,7 +41,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--tree",
         metavar="T",
-        help="none, chain:K, static:FILE, dynamic:DEPTH,TOPK,NODES, or choices such as '[[0],[1],[0,0]]'",
+        help="none, chain:K, best:N (the head's own), static:FILE, dynamic:DEPTH,TOPK,NODES, or choices such as "
+        "'[[0],[1],[0,0]]'",
     )
     add("--provider", choices=PROVIDERS)
     add(

@@ -10,7 +10,7 @@ from branchline.engine.models.load import load_models
 from branchline.engine.models.locate import locate_draft
 from branchline.engine.models.protocol import Models
 from branchline.engine.tree import TreeTopology
-from branchline.engine.tree_spec import parse_tree, resolve_tree
+from branchline.engine.tree_spec import resolve_tree
 
 
 def assemble(config: Config, progress: Callable[[str], None] | None = None) -> tuple[Models, TreeTopology]:
@@ -29,7 +29,5 @@ def assemble(config: Config, progress: Callable[[str], None] | None = None) -> t
 
 
 def settle_tree(config: Config, progress: Callable[[str], None] | None = None) -> TreeTopology:
-    """The configured tree, `default` being what the draft head brings. Raises as `assemble` does."""
-    if parse_tree(config.model.tree).num_nodes == 0:
-        return resolve_tree(config.model.tree, None)  # and no head is looked for
-    return resolve_tree(config.model.tree, locate_draft(config.model.draft, config.model.model, progress))
+    """The configured tree, `default` and `best:N` being what the draft head brings. Raises as `assemble` does."""
+    return resolve_tree(config.model.tree, lambda: locate_draft(config.model.draft, config.model.model, progress))

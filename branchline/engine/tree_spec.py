@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from branchline.config import ConfigError
 from branchline.engine.tree import DynamicTree, StaticTree, TreeTopology
 
-#: In a draft head's directory: the tree with the most tokens per second for this head, as the tool that trains heads
-#: measured it (docs/draft-heads.md). A JSON object; `default` in it is a list of choices, or `chain:K` or `dynamic:…`.
+#: In a draft head's directory: the trees that suit it, as the tool that trains heads measured (docs/draft-heads.md). A
+#: JSON object. `default`, a list of choices, or `chain:K` or `dynamic:…`, brings the most tokens per second; `best`
+#: lists nodes by how often they are accepted, so that its first N are the static tree of N nodes that accepts most.
 TREE_FILE = "tree.json"
 
 #: What `default` stands for with a head that brings no tree of its own: a small shape that an undertrained head on two
@@ -33,7 +36,8 @@ def parse_tree(text: str) -> TreeTopology:
     if text == "default":
         return StaticTree("default", DEFAULT_CHOICES)
     if text.startswith("chain:"):
-        return StaticTree(text, tuple((0,) * (depth + 1) for depth in range(_chain_length(text))))
+        length = _number("chain:K", text.removeprefix("chain:"))
+        return StaticTree(text, tuple((0,) * depth for depth in range(1, length + 1)))
     if text.startswith("dynamic:"):
         return _dynamic(text)
     if text.startswith("static:"):
@@ -44,49 +48,74 @@ def parse_tree(text: str) -> TreeTopology:
         except json.JSONDecodeError as error:
             raise ConfigError(f"model.tree: not a JSON list of choices: {error}") from error
     raise ConfigError(
-        "model.tree: must be none, default, chain:K, static:FILE, dynamic:DEPTH,TOPK,NODES or a list of choices, "
-        f"got {text!r}"
+        "model.tree: must be none, default, best:N, chain:K, static:FILE, dynamic:DEPTH,TOPK,NODES or a list of "
+        f"choices, got {text!r}"
     )
 
 
-def resolve_tree(text: str, head: Path | None) -> TreeTopology:
-    """`parse_tree`, given the draft head's directory: `default` means the head's own tree where it brings one, and
-    `none` without a head; other trees are errors without one."""
-    tree = parse_tree(text)
-    if tree.num_nodes == 0:
+def resolve_tree(text: str, find_head: Callable[[], Path | None]) -> TreeTopology:
+    """`parse_tree`, with the trees that a draft head brings: `default` is the head's own where it has one, and `none`
+    without a head; `best:N` is its best static tree of N nodes. The head's directory is asked for once the text is
+    known to be right, and not for `none`. Raises ConfigError as `parse_tree`, and for trees that lack their head."""
+    text = text.strip()
+    nodes = _number("best:N", text.removeprefix("best:")) if text.startswith("best:") else 0
+    tree = None if nodes else parse_tree(text)
+    if tree is not None and tree.num_nodes == 0:
         return tree
-    if tree.spec == "default":
-        return StaticTree("none", ()) if head is None else _tree_of(head)
+    head = find_head()
+    if text == "default":
+        return StaticTree("none", ()) if head is None else _default_of(head)
     if head is None:
         raise ConfigError(f"model.tree: {text} needs a draft head, and model.draft is none")
-    return tree
+    return _best_of(head, text, nodes) if tree is None else tree
 
 
-def _tree_of(head: Path) -> TreeTopology:
+def _default_of(head: Path) -> TreeTopology:
     """What `default` stands for with this head."""
     path = head / TREE_FILE
     if not path.exists():
         return parse_tree("default")
-    value = _read_json(path)
-    chosen = value.get("default") if isinstance(value, dict) else None
+    chosen = _read_trees(path).get("default")
     if isinstance(chosen, str) and not chosen.startswith(("chain:", "dynamic:")):
         chosen = None  # a file that points to yet another one would be a riddle
     if not isinstance(chosen, str | list):
         raise ConfigError(
             f"model.tree: {path}: needs a `default`: a list of choices, chain:K or dynamic:DEPTH,TOPK,NODES"
         )
+    return _named("default", chosen, path)
+
+
+def _best_of(head: Path, text: str, nodes: int) -> TreeTopology:
+    """The first nodes of those that the head's file lists."""
+    path = head / TREE_FILE
+    if not path.exists():
+        raise ConfigError(f"model.tree: {text} needs a draft head that brings a {TREE_FILE}, and {head} has none")
+    listed = _read_trees(path).get("best")
+    if not isinstance(listed, list) or len(listed) < nodes:
+        most = len(listed) if isinstance(listed, list) else 0
+        raise ConfigError(f"model.tree: {text} asks for {nodes} nodes, {path} lists {most} under `best`")
+    return _named(text, listed[:nodes], path)
+
+
+def _named(spec: str, chosen: str | list[Any], path: Path) -> TreeTopology:
+    """The tree that a head's file has for `spec`; its errors name the file."""
     try:
         tree = parse_tree(chosen if isinstance(chosen, str) else json.dumps(chosen))
     except ConfigError as error:
         raise ConfigError(f"model.tree: {path}: {str(error).removeprefix('model.tree: ')}") from error
-    return dataclasses.replace(tree, spec="default")
+    return dataclasses.replace(tree, spec=spec)
 
 
-def _chain_length(text: str) -> int:
-    length = text.removeprefix("chain:")
-    if not length.isdecimal() or not 1 <= int(length) <= MAX_NODES:
-        raise ConfigError(f"model.tree: chain:K needs K between 1 and {MAX_NODES}, got {length!r}")
-    return int(length)
+def _read_trees(path: Path) -> dict[str, Any]:
+    value = _read_json(path)
+    return value if isinstance(value, dict) else {}
+
+
+def _number(form: str, text: str) -> int:
+    """The number of nodes in a text of a form such as `chain:K`."""
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_NODES:
+        raise ConfigError(f"model.tree: {form} needs {form[-1]} between 1 and {MAX_NODES}, got {text!r}")
+    return int(text)
 
 
 def _dynamic(text: str) -> DynamicTree:

@@ -14,6 +14,7 @@ from tiny_chat import VOCAB, save_chat_model
 
 from branchline.config import Config, ConfigError
 from branchline.engine.assemble import settle_tree
+from branchline.engine.tree import StaticTree
 from tools.draft_head import evaluate, partial, report, rounds
 from tools.draft_head.partial import Partial
 from tools.draft_head.recipe import EvaluateRecipe, Recipe
@@ -69,11 +70,14 @@ def test_it_leaves_figures_a_tree_a_card_and_checksums(work: Work, recipe: Recip
     assert all(run["tokens"] <= 7 * 11 for run in evaluation["runs"] if run["temperature"] != "all")
     assert not (work.root / partial.PARTIAL).exists()
 
-    chosen = settle_tree(Config().override(**{"model.model": recipe.model, "model.draft": str(work.head)}))
+    config = Config().override(**{"model.model": recipe.model, "model.draft": str(work.head)})
+    chosen = settle_tree(config)
     assert chosen.spec == "default"
     assert chosen.num_nodes == evaluation["trees"][report.fastest(evaluation)]["nodes"]
-    by_budget = json.loads((work.head / "tree.json").read_text())["by_budget"]
-    assert {nodes: len(choices) for nodes, choices in by_budget.items()} == {"2": 2, "6": 6}
+    for name in ("best:2", "best:6"):
+        found = settle_tree(config.override(**{"model.tree": name}))
+        assert isinstance(found, StaticTree)
+        assert [list(choice) for choice in found.choices] == evaluation["trees"][name]["configured"]
 
     sums = dict(reversed(line.split()) for line in (work.head / "SHA256SUMS").read_text().splitlines())
     assert set(sums) == {"config.json", "model.safetensors", "tree.json"}

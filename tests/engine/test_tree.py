@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -59,21 +60,48 @@ def test_bad_trees_are_refused_by_name(text: str, message: str) -> None:
 
 
 def test_a_tree_needs_a_draft_head(tmp_path: Path) -> None:
-    assert resolve_tree("default", None).num_nodes == 0
-    assert resolve_tree("none", tmp_path).num_nodes == 0
-    with pytest.raises(ConfigError, match="needs a draft head"):
-        resolve_tree("chain:2", None)
+    assert resolve_tree("default", lambda: None).num_nodes == 0
+    assert resolve_tree("none", lambda: tmp_path).num_nodes == 0
+    for text in ("chain:2", "best:2"):
+        with pytest.raises(ConfigError, match="needs a draft head"):
+            resolve_tree(text, lambda: None)
+
+
+@pytest.mark.parametrize("text", ["none", "bush", "chain:0", "best:0", "best:few"])
+def test_a_head_is_looked_for_only_where_a_good_tree_needs_one(text: str) -> None:
+    def find() -> None:
+        pytest.fail("looked for a head")
+
+    with nullcontext() if text == "none" else pytest.raises(ConfigError, match=r"^model\.tree: "):
+        resolve_tree(text, find)
 
 
 def test_default_is_the_tree_that_the_head_brings(tmp_path: Path) -> None:
-    assert resolve_tree("default", tmp_path).choices == DEFAULT_CHOICES
-    (tmp_path / TREE_FILE).write_text('{"default": [[0], [0, 0], [1]], "by_budget": {}}')
-    tree = resolve_tree("default", tmp_path)
+    assert resolve_tree("default", lambda: tmp_path).choices == DEFAULT_CHOICES
+    (tmp_path / TREE_FILE).write_text('{"default": [[0], [0, 0], [1]], "best": []}')
+    tree = resolve_tree("default", lambda: tmp_path)
     assert (tree.spec, tree.choices) == ("default", ((0,), (0, 0), (1,)))
     (tmp_path / TREE_FILE).write_text('{"default": "dynamic:3,2,6"}')
-    tree = resolve_tree("default", tmp_path)
+    tree = resolve_tree("default", lambda: tmp_path)
     assert (tree.spec, tree.depth, tree.num_nodes) == ("default", 3, 6)
-    assert resolve_tree("chain:2", tmp_path).num_nodes == 2
+    assert resolve_tree("chain:2", lambda: tmp_path).num_nodes == 2
+
+
+def test_best_is_as_much_of_the_heads_list_as_is_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"best:2 needs a draft head that brings a tree\.json"):
+        resolve_tree("best:2", lambda: tmp_path)
+    (tmp_path / TREE_FILE).write_text('{"default": "chain:1", "best": [[0], [1], [0, 0], [2]]}')
+    tree = resolve_tree(" best:3", lambda: tmp_path)
+    assert (tree.spec, tree.choices) == ("best:3", ((0,), (1,), (0, 0)))
+    with pytest.raises(ConfigError, match=r"best:5 asks for 5 nodes, .*tree\.json lists 4"):
+        resolve_tree("best:5", lambda: tmp_path)
+    (tmp_path / TREE_FILE).write_text('{"best": [[1, 0], [1]]}')
+    assert resolve_tree("best:2", lambda: tmp_path).choices == ((1,), (1, 0))
+    with pytest.raises(ConfigError, match=r"tree\.json: not connected"):
+        resolve_tree("best:1", lambda: tmp_path)
+    (tmp_path / TREE_FILE).write_text("[[0]]")
+    with pytest.raises(ConfigError, match="lists 0"):
+        resolve_tree("best:1", lambda: tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +112,7 @@ def test_default_is_the_tree_that_the_head_brings(tmp_path: Path) -> None:
         ('{"default": "dynamic:3"}', "three whole numbers"),
         ('{"default": "default"}', "needs a `default`"),
         ('{"default": "static:/another/tree.json"}', "needs a `default`"),
-        ('{"by_budget": {}}', "needs a `default`"),
+        ('{"best": [[0]]}', "needs a `default`"),
         ("[[0]]", "needs a `default`"),
         ('{"default": [[0]', "not JSON"),
         ("\xff", "not JSON"),
@@ -94,7 +122,7 @@ def test_a_damaged_tree_of_a_head_is_refused_by_its_file(tmp_path: Path, text: s
     path = tmp_path / TREE_FILE
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(ConfigError, match=r"^model\.tree: ") as caught:
-        resolve_tree("default", tmp_path)
+        resolve_tree("default", lambda: tmp_path)
     assert message in str(caught.value)
     assert str(path) in str(caught.value)
 

@@ -19,7 +19,7 @@ from branchline.engine.models.locate import locate_model
 from branchline.engine.tree import StaticTree, TreeTopology
 from branchline.engine.tree_spec import TREE_FILE, parse_tree
 from tools.draft_head import card, report
-from tools.draft_head.foresee import Text, node_counts
+from tools.draft_head.foresee import node_counts
 from tools.draft_head.partial import Partial, decode_threads, key_of
 from tools.draft_head.questions import read_questions
 from tools.draft_head.recipe import Recipe
@@ -28,6 +28,9 @@ from tools.draft_head.shapes import in_order, probabilities
 from tools.draft_head.store import Work
 
 Say = Callable[[str], None]
+
+#: Nodes of the best shape that a head's tree file lists, or more where the recipe measures larger ones.
+LISTED = 64
 
 
 def run(work: Work, recipe: Recipe, say: Say) -> None:
@@ -69,12 +72,15 @@ def _evaluate(work: Work, recipe: Recipe, partial: Partial, say: Say) -> dict[st
     trees = _configured(recipe, models.draft.spec.draft_vocab_size)
     rounds = Rounds(models, config.engine, recipe, partial, say)
     texts = rounds.foresee(others)
-    trees |= _found(recipe, [text for told in texts.values() for text in told])
+    order = in_order(probabilities(node_counts(text for told in texts.values() for text in told)))
+    found = (StaticTree(f"{report.BEST}{nodes}", order[:nodes]) for nodes in recipe.evaluate.budgets)
+    trees |= {tree.spec: tree for tree in found}
     tallies = rounds.measure(trees, questions)
     return {
         "prompts": len(questions),
         "machine": machine.facts(),
         "foreseen": {"prompts": len(others), "runs": report.foreseen(trees, texts)},
+        "best": [list(node) for node in order[: max((LISTED, *recipe.evaluate.budgets))]],
         "trees": {name: report.shape(tree) for name, tree in trees.items()},
         "runs": report.runs(tallies, recipe.evaluate.temperatures),
     }
@@ -88,13 +94,6 @@ def _configured(recipe: Recipe, known: int) -> dict[str, TreeTopology]:
         if tree.guesses > known:
             raise ConfigError(f"evaluate.trees: {name} asks for {tree.guesses} guesses, the head knows {known} tokens")
     return trees
-
-
-def _found(recipe: Recipe, texts: list[Text]) -> dict[str, TreeTopology]:
-    """The best static shape for each budget."""
-    order = in_order(probabilities(node_counts(texts)))
-    trees = (StaticTree(f"{report.BEST}{nodes}", order[:nodes]) for nodes in recipe.evaluate.budgets)
-    return {tree.spec: tree for tree in trees}
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from tools.draft_head.foresee import DEPTH, GUESSES, Text, accept
 from tools.draft_head.measure import Tally
 
 PLAIN = "none"
-#: How the trees are called that the search found.
+#: How the trees are called that the search found, as `--tree` calls them.
 BEST = "best:"
 #: A list of numbers, or of such lists, that `json.dumps` has spread over lines.
 _SPREAD = re.compile(r"\[[\s\d.,\[\]-]*\]")
@@ -67,16 +67,15 @@ def fastest(evaluation: Mapping[str, Any]) -> str:
 
 
 def tree_file(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """What the engine takes for `default` with this head, the best shapes by budget, and what was measured."""
+    """What the engine takes for `default` and `best:N` with this head, and what was measured."""
     chosen = fastest(evaluation)
     trees = evaluation["trees"]
-    found = {name.removeprefix(BEST): tree["configured"] for name, tree in trees.items() if name.startswith(BEST)}
     overall = run_of(evaluation, chosen, "all")
     measured = {name: overall[name] for name in ("acceptance_length", "tokens_per_s", "to_plain")}
     machine = {name: evaluation["machine"][name] for name in ("processor", "gpu", "date")}
     return {
         "default": trees[chosen]["configured"],
-        "by_budget": found,
+        "best": evaluation["best"],
         "measured": measured | {"temperatures": evaluation["key"]["settings"]["temperatures"]} | machine,
     }
 
