@@ -126,7 +126,7 @@ class EvaluateRecipe:
     limit: int = 40
     max_tokens: int = 128
     #: Trees to measure, as `--tree` takes them.
-    trees: tuple[str, ...] = ("chain:3", "dynamic:5,4,16", "dynamic:7,8,48")
+    trees: tuple[str, ...] = ("chain:3", "dynamic:5,4,16", "dynamic:7,16,48")
     #: Nodes for which the best static shape is sought.
     budgets: tuple[int, ...] = (4, 5, 6, 8, 12, 16, 24, 32, 48)
     temperatures: tuple[float, ...] = (0.0, 0.7)
