@@ -42,6 +42,8 @@ def parse_tree(text: str) -> TreeTopology:
         return _dynamic(text)
     if text.startswith("static:"):
         return StaticTree(text, _checked_choices(_read_json(Path(text.removeprefix("static:")))))
+    if text.startswith("best:"):
+        raise ConfigError(f"model.tree: {text} is a tree that a draft head brings, and here is no head to ask")
     if text.startswith("["):
         try:
             return StaticTree(text, _checked_choices(json.loads(text)))

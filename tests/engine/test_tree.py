@@ -50,6 +50,7 @@ def test_choices_out_of_order_are_put_parents_first() -> None:
         ("chain:0", "chain:K"),
         ("chain:two", "chain:K"),
         ("static:/does/not/exist", "No such file"),
+        ("best:3", "a tree that a draft head brings"),
         ("bush", "must be none"),
     ],
 )

@@ -17,12 +17,15 @@ from tools.draft_head.store import Work
 
 #: In the work directory.
 PARTIAL = "evaluation.partial.json"
+#: Raised when an evaluation gets other fields: an older one is made anew, not misread.
+FORMAT = 2
 
 
 def key_of(work: Work, recipe: Recipe) -> dict[str, Any]:
     """What an evaluation is of: the head, and everything that its figures depend on but for the machine."""
     names = ("config.json", "model.safetensors")
     return {
+        "format": FORMAT,
         "head": {name: hashlib.sha256((work.head / name).read_bytes()).hexdigest() for name in names},
         "settings": plain(recipe.evaluate),
         "threads": decode_threads(recipe),
